@@ -1,0 +1,45 @@
+# make venv | quickstart | test | lint | bench      (the environment is .venv, made on first use)
+
+PYTHON ?= python3
+PY := .venv/bin/python
+RUN := runs/quickstart
+
+.PHONY: venv quickstart test lint bench clean
+
+# The environment is rebuilt whenever requirements.txt is not the one that it was built from.
+venv:
+	@if ! cmp -s requirements.txt .venv/built-from.txt || ! $(PY) -c ''; then \
+	  echo "installing into .venv (about 4.5 GB, a few minutes)"; \
+	  rm -rf .venv && $(PYTHON) -m venv .venv && \
+	  $(PY) -m pip install --progress-bar off -r requirements.txt && \
+	  cp requirements.txt .venv/built-from.txt; fi
+
+quickstart: venv
+	@echo "== 1/7 tokenizer: 8,192 byte pairs learnt from the docstrings of the installed packages"
+	$(PY) train_tokenizer.py --train_path docs:train --vocab_size 8192 --save_path $(RUN)/tokenizer
+	@echo "== 2/7 training shards"
+	$(PY) make_tfrecords.py --path docs:train --tokenizer $(RUN)/tokenizer --seq_len 256 --save_path $(RUN)/train
+	@echo "== 3/7 validation shards"
+	$(PY) make_tfrecords.py --path docs:valid --tokenizer $(RUN)/tokenizer --seq_len 256 --save_path $(RUN)/val
+	@echo "== 4/7 pretraining algpt2-tiny (about five minutes on two cores)"
+	$(PY) train_pt.py --config algpt2-tiny --from_scratch --tokenizer $(RUN)/tokenizer \
+	  --train_path $(RUN)/train --val_path $(RUN)/val --save_dir $(RUN)/model $(QUICKSTART_FLAGS)
+	@echo "== 5/7 evaluation"
+	$(PY) train_pt.py --eval_only --checkpoint $(RUN)/model --val_path $(RUN)/val --compressors
+	@echo "== 6/7 samples"
+	$(PY) train_pt.py --sample_only --checkpoint $(RUN)/model --prompt "Returns the" --n_samples 3
+	@echo "== 7/7 loss curve"
+	$(PY) plot_runs.py $(RUN)/model --save_path $(RUN)/curves.png
+
+test: venv lint
+	$(PY) -m pytest
+
+lint: venv
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: venv
+	$(PY) benchmarks/train_pt.py
+
+clean:
+	rm -rf .venv
