@@ -1,0 +1,47 @@
+"""Errors that a user can cause: one line, what was expected, what came, what to do; exit code 2."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+EXIT_USER_ERROR = 2  # the command has to be changed
+EXIT_NON_FINITE = 3  # loss or gradient is NaN or infinite: a person has to look
+EXIT_STOPPED = 75  # saved after a signal or at --max_minutes: run the same command again
+
+
+class UserError(ValueError):
+    """Something the user can mend; the message is one sentence or two and needs no traceback."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient that is NaN or infinite, found before it reached the weights."""
+
+
+def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
+    """Run a script's `main(argv)` and exit with the code it returns (None: 0).
+
+    What a user or the machine caused becomes one line and an exit code: `UserError`, `OSError`
+    (disk full, no permission) 2, `NonFiniteError` 3. `--debug` on the command line shows the
+    traceback as well.
+    """
+    try:
+        code = main(None) or 0
+    except (UserError, OSError, NonFiniteError) as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        print(f"error: {describe(error)}", file=sys.stderr)
+        code = EXIT_NON_FINITE if isinstance(error, NonFiniteError) else EXIT_USER_ERROR
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        # Not sys.exit: threads of W&B or a prefetcher must not hold a failed command open.
+        os._exit(code)
+
+
+def describe(error: BaseException) -> str:
+    """One line for an error: an `OSError` without its number, with the path it is about."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}"
+    return " ".join(str(error).split())

@@ -1,0 +1,235 @@
+"""The options of every script: one frozen dataclass each, parsed from the command line by tyro.
+
+One line, one unit, one reason per field: the comment behind a field is its `--help`. A default that
+is not here is nowhere. No framework is imported, so that `--help` answers at once.
+"""
+
+import contextlib
+import io
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import tyro
+
+from .errors import UserError
+
+Options = TypeVar("Options")
+
+
+def parse(
+    cls: type[Options], argv: Sequence[str] | None = None, *, prog: str | None = None
+) -> Options:
+    """An instance of the dataclass `cls` from `argv` (default: the command line's arguments).
+
+    Flags have underscored names; a tuple takes several values (`--train_path A B`); a bool is a
+    bare flag (`--overwrite`, `--no_overwrite`); fields of nested dataclasses keep their own names.
+    `--help` prints and exits with 0. Unknown flags and bad values: `UserError`.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(
+                cls,
+                args=argv,
+                prog=prog,
+                use_underscores=True,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if stop.code in (None, 0):
+            raise
+        raise UserError(_first_sentence(printed.getvalue())) from None
+
+
+def _first_sentence(box: str) -> str:
+    """The message of one of tyro's framed error boxes: what stands between its first rules."""
+    lines = [line.strip(" │|") for line in box.splitlines()[1:]]
+    after_title = itertools.dropwhile(_is_rule, lines)
+    message = " ".join(itertools.takewhile(lambda line: not _is_rule(line), after_title))
+    return f"{message.removeprefix('Error parsing ').rstrip('.')}. The flags: --help"
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("─-╰╯+")
+
+
+def check_positive(options: object, *names: str) -> None:
+    """`UserError` that names every field of `names` that is set and not above zero."""
+    wrong = {name: getattr(options, name) for name in names}
+    wrong = {name: value for name, value in wrong.items() if value is not None and value <= 0}
+    if wrong:
+        given = ", ".join(f"--{name} {value}" for name, value in wrong.items())
+        raise UserError(f"expected a number above zero, got {given}")
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """Train a byte-level BPE tokenizer on a corpus and write it to a folder."""
+
+    train_path: tuple[str, ...] = ("docs:train",)  # folder, file, glob, hf:NAME[:SPLIT] or docs:
+    n_files: int | None = None  # read at most this many files (tables: parquet, jsonl count as one)
+    save_path: str = "runs/tokenizer"  # folder to write
+    vocab_size: int = 50257  # entries, control codes included
+    control_codes: tuple[str, ...] = ("<|endoftext|>",)  # others come before it: it has the last id
+    text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
+    max_bytes: int | None = None  # bytes of text to train on at most; memory grows with new words
+    overwrite: bool = False  # replace another tokenizer in save_path
+    debug: bool = False  # a traceback with every error
+
+    def __post_init__(self) -> None:
+        check_positive(self, "n_files", "vocab_size", "max_bytes")
+        if not self.train_path:
+            raise UserError("--train_path needs at least one folder, file, glob, hf:NAME or docs:")
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """Pack a corpus into TFRecord shards that every trainer reads."""
+
+    path: tuple[str, ...] = ("docs:train",)  # folder, file, glob, hf:NAME[:SPLIT] or docs:
+    save_path: str = "runs/shards"  # folder to write: 0.tfrecord ... and manifest.json
+    tokenizer: str = "algpt2-tokenizer"  # folder, or name of a tokenizer
+    seq_len: int = 256  # tokens that a row predicts; its record holds one more
+    files_per_tfrecord: int = 500_000  # documents per shard; shards hold equal numbers of rows
+    use_control_codes: bool = True  # each document starts with the first control code
+    control_codes: tuple[str, ...] = ("<|endoftext|>",)  # the tokenizer must have them all
+    n_examples: int | None = None  # write at most this many rows
+    min_seq_len: bool = True  # short documents are joined, no row is padded: there is no other way
+    line_by_line: bool = False  # each line is a document
+    n_files: int | None = None  # read at most this many files (tables: parquet, jsonl count as one)
+    text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
+    seed: int = 42  # without effect: documents keep the order of the corpus, trainers shuffle rows
+    overwrite: bool = False  # remove the shards in save_path and pack anew
+    debug: bool = False  # a traceback with every error
+
+    def __post_init__(self) -> None:
+        check_positive(self, "seq_len", "files_per_tfrecord", "n_examples", "n_files")
+        if not self.path:
+            raise UserError("--path needs at least one folder, file, glob, hf:NAME or docs:")
+        if not self.min_seq_len:
+            raise UserError("--no_min_seq_len would pad rows: rows are always full, drop the flag")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What is read."""
+
+    train_path: tuple[str, ...] = ("docs:train",)  # packed shards, or text from anywhere
+    val_path: tuple[str, ...] = ("docs:valid",)  # the same for evaluation
+    tokenizer: str | None = None  # folder or name; default: the checkpoint's, or algpt2-tokenizer
+    seq_len: int | None = None  # tokens per row; default: that of the shards, or n_positions
+    use_control_codes: bool = True  # each document starts with <|endoftext|> (text input)
+    line_by_line: bool = False  # each line is a document (text input)
+    text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
+    n_eval_rows: int | None = None  # rows of each evaluation during training; the last takes all
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What is trained."""
+
+    config: str | None = None  # config name or folder; default: algpt2-tiny
+    checkpoint: str | None = None  # folder of a run, a checkpoint, any causal LM, or hub name
+    from_scratch: bool = False  # random weights (implied without --checkpoint)
+    gradient_checkpointing: bool = False  # recompute activations: less memory, a third slower
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """How it is trained."""
+
+    optimizer: Literal["AdamW", "Adafactor", "Muon", "SGD"] = "AdamW"
+    lr: float | None = None  # peak learning rate; default: 1e-3 from scratch, 5e-5 finetuning
+    lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    warmup_steps: int = 0  # optimizer steps of linear warm-up
+    min_lr_ratio: float = 0.0  # learning rate of the last step over the peak
+    decay_ratio: float = 0.2  # share of the steps in which wsd decays
+    weight_decay: float = 0.1  # on matrices only
+    beta1: float = 0.9  # AdamW and Adafactor; 0 saves Adafactor's first moment, costs quality
+    beta2: float = 0.95  # AdamW (also on Muon's vectors and embeddings)
+    momentum: float = 0.95  # Muon and SGD
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: never
+    batch_size: int = 4  # rows per forward pass, over all processes
+    grad_steps: int = 1  # forward passes per optimizer step
+    epochs: float = 1.0  # passes over the training rows
+    max_steps: int | None = None  # optimizer steps; replaces epochs
+    n_tokens: int | None = None  # training tokens; replaces epochs
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on GPUs that have it
+    fp16: bool = False  # the same as --precision fp16
+    seed: int = 42  # of weights, data order and dropout
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What is reported and kept."""
+
+    save_dir: str = "runs/train"  # the run's folder: metrics.jsonl, run.json, checkpoint-*
+    logging_steps: int = 10  # steps between lines of metrics.jsonl
+    eval_steps: int | None = None  # steps between evaluations; default: a tenth of the run
+    save_steps: int | None = None  # steps between checkpoints; default: as eval_steps
+    sample_steps: int | None = None  # steps between samples; default: never
+    hist_steps: int | None = None  # steps between histograms of weights and gradients (W&B)
+    keep_last: int = 2  # newest checkpoints kept
+    milestone_steps: int | None = None  # checkpoints at multiples of this are kept for ever
+    max_minutes: float | None = None  # save and stop after this time; the same command continues
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
+    tags: tuple[str, ...] = ()  # W&B tags
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How text is sampled."""
+
+    prompt: str = ""  # text to continue
+    do_sample: bool = True  # --no_do_sample takes the likeliest token each time
+    n_samples: int = 3  # samples, in one batch
+    max_length: int = 200  # tokens, prompt included; past the context the window slides
+    temperature: float = 0.8  # divides the logits; 1: the model's own distribution
+    top_k: int = 0  # only the k likeliest tokens; 0: all
+    top_p: float = 0.95  # only the likeliest tokens that hold this probability; 1: all
+    repetition_penalty: float = 1.0  # CTRL's; 1: none
+    sliding_window_size: int | None = None  # tokens kept when it slides; default: half a context
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Pretrain or finetune a causal language model, evaluate it, or sample from it."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    report: ReportOptions = field(default_factory=ReportOptions)
+    sample: SampleOptions = field(default_factory=SampleOptions)
+    eval_only: bool = False  # evaluate --checkpoint on --val_path and stop
+    compressors: bool = False  # with eval_only: gzip and xz on the same text beside it
+    sample_only: bool = False  # sample from --checkpoint and stop
+    device: str = "auto"  # auto, cpu, cuda, mps
+    compile: bool = False  # torch.compile: a slow start, faster steps
+    overwrite: bool = False  # remove the run in save_dir and start anew
+    debug: bool = False  # a traceback with every error
+
+    def __post_init__(self) -> None:
+        check_positive(self.optim, "batch_size", "grad_steps", "max_steps", "n_tokens", "epochs")
+        check_positive(self.optim, "lr")
+        check_positive(self.data, "seq_len", "n_eval_rows")
+        check_positive(self.report, "logging_steps", "eval_steps", "save_steps", "sample_steps")
+        check_positive(self.report, "hist_steps", "keep_last", "milestone_steps", "max_minutes")
+        check_positive(self.sample, "n_samples", "max_length", "temperature", "sliding_window_size")
+        if self.optim.fp16 and self.optim.precision not in ("auto", "fp16"):
+            raise UserError(f"--fp16 contradicts --precision {self.optim.precision}: drop one")
+        if (self.eval_only or self.sample_only) and not self.model.checkpoint:
+            raise UserError("--eval_only and --sample_only need --checkpoint FOLDER")
+
+
+@dataclass(frozen=True)
+class PlotOptions:
+    """Draw the loss and learning-rate curves of one or several runs to a PNG."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]  # folders of runs (or their metrics.jsonl)
+    save_path: str = "curves.png"  # image to write
+    x: Literal["tokens", "step", "elapsed_s"] = "tokens"  # what the curves run over
+    smooth: int = 1  # training points averaged per drawn point
+    overwrite: bool = False  # replace an image that this script did not draw
+    debug: bool = False  # a traceback with every error

@@ -1,0 +1,274 @@
+"""The tokenizer: GPT-2's byte-level BPE, trained, saved, loaded and applied in one place.
+
+Any text encodes and decodes without loss. `<|endoftext|>` has the last id, other control codes
+stand just before it. Text is data: a control code written out in it is encoded as ordinary
+characters; only the packer and the sampler put `eot_id` between documents.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from .errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+MODEL_MAX_LENGTH = 1024  # tokens; what transformers warns beyond
+MIN_FREQUENCY = 2  # a pair met once is no regularity
+N_BYTES = 256
+PACKAGE_FOLDER = Path(__file__).parent
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.json",
+)
+
+
+class TextTokenizer:
+    """A trained tokenizer as the rest of the project sees it: text to arrays of ids and back.
+
+    `vocab_size` is the largest id + 1, added tokens included; `dtype` the smallest unsigned type
+    that holds all ids; `fingerprint` the sha256 of the canonical tokenizer.json.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, folder: Path, end_of_text: str) -> None:
+        # What a downloaded tokenizer.json says about batches of sentences is not for a corpus.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # as text
+        self._tokenizer = tokenizer
+        self.folder = folder
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self._end_of_text = end_of_text
+        self.eot_id: int = tokenizer.token_to_id(end_of_text)
+        self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+        self.fingerprint = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """One array of ids (n_tokens,) per text; no special token is added."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, control codes included; a cut character becomes U+FFFD."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of an entry or control code; None if the vocabulary has no such."""
+        return self._tokenizer.token_to_id(token)
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the tokenizer's files into `folder`; `AutoTokenizer` loads them in any case."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = _config("PreTrainedTokenizerFast", self._end_of_text)
+        (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
+        (folder / "tokenizer.json").write_text(self._tokenizer.to_str(), encoding="utf-8")
+        for name in TOKENIZER_FILES:
+            if (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
+                shutil.copyfile(self.folder / name, folder / name)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def train(
+    documents: Iterable[str],
+    *,
+    vocab_size: int,
+    control_codes: Sequence[str] = (END_OF_TEXT,),
+) -> Tokenizer:
+    """A byte-level BPE of exactly `vocab_size` entries, the same for the same documents.
+
+    `<|endoftext|>` is added to `control_codes` if it is not among them. `UserError`
+    if the text does not yield that many entries.
+    """
+    codes = [code for code in dict.fromkeys(control_codes) if code != END_OF_TEXT] + [END_OF_TEXT]
+    n_learnt = vocab_size - len(codes)
+    if n_learnt < N_BYTES:
+        raise UserError(
+            f"a vocabulary of {vocab_size} is too small: expected at least {N_BYTES + len(codes)}"
+            f" for {N_BYTES} bytes and {len(codes)} control code(s)"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=n_learnt,
+        min_frequency=MIN_FREQUENCY,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    if len(model["vocab"]) < n_learnt:
+        raise UserError(
+            f"the text is too small for a vocabulary of {vocab_size:,}: it yields"
+            f" {len(model['vocab']) + len(codes):,} entries; give more text or a smaller vocabulary"
+        )
+    if taken := [code for code in codes if code in model["vocab"]]:
+        raise UserError(
+            f"control code {taken[0]!r} is an ordinary word of the text; mark it: <|…|>"
+        )
+    vocab = model["vocab"] | {code: n_learnt + i for i, code in enumerate(codes)}
+    return _byte_level(vocab, [tuple(merge) for merge in model["merges"]], codes)
+
+
+def _byte_level(
+    vocab: dict[str, int], merges: list[tuple[str, str]], codes: Sequence[str]
+) -> Tokenizer:
+    """GPT-2's pipeline around a vocabulary that contains the control codes."""
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(code, normalized=False) for code in codes])
+    return tokenizer
+
+
+# --- saving --------------------------------------------------------------------------------------
+
+
+def save(tokenizer: Tokenizer, folder: str | Path, *, overwrite: bool = False) -> bool:
+    """Write a trained tokenizer; False if the very same is there already.
+
+    The files get their names only when all of them are written. `UserError` if the folder holds
+    another tokenizer, unless `overwrite`.
+    """
+    folder = Path(folder)
+    files = {name: text.encode() for name, text in _file_texts(tokenizer).items()}
+    present = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).exists()}
+    if present == files:
+        return False
+    if not overwrite and any(files.get(name) != raw for name, raw in present.items()):
+        raise UserError(f"{folder} holds another tokenizer: choose another folder or --overwrite")
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = {name: folder / f".{name}.{os.getpid()}" for name in files}
+    try:
+        for name, raw in files.items():
+            partial[name].write_bytes(raw)
+        for name in files:
+            partial[name].replace(folder / name)
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+    for name in set(present) - set(files):
+        (folder / name).unlink()  # the other tokenizer's
+    return True
+
+
+def _file_texts(tokenizer: Tokenizer) -> dict[str, str]:
+    """File name -> content; tokenizer.json last, as it is what a reader looks for first."""
+    content = json.loads(tokenizer.to_str())
+    model = content["model"]
+    vocab = dict(sorted(model["vocab"].items(), key=lambda entry: entry[1]))
+    merges = "".join(f"{left} {right}\n" for left, right in model["merges"])
+    codes = [token["content"] for token in content["added_tokens"]]
+    return {
+        "vocab.json": json.dumps(vocab, ensure_ascii=False, separators=(",", ":")) + "\n",
+        "merges.txt": "#version: 0.2\n" + merges,
+        "tokenizer_config.json": _config("GPT2Tokenizer", END_OF_TEXT, codes),
+        "tokenizer.json": tokenizer.to_str(),
+    }
+
+
+def _config(tokenizer_class: str, end_of_text: str, codes: Sequence[str] = ()) -> str:
+    """tokenizer_config.json as transformers reads it."""
+    config = {
+        "add_prefix_space": False,
+        "bos_token": end_of_text,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": end_of_text,
+        "extra_special_tokens": [code for code in codes if code != end_of_text],
+        "model_max_length": MODEL_MAX_LENGTH,
+        "tokenizer_class": tokenizer_class,
+        "unk_token": end_of_text,
+    }
+    return json.dumps(config, indent=2) + "\n"
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def load_tokenizer(name_or_folder: str) -> TextTokenizer:
+    """A tokenizer from a folder, from this package (`algpt2-tokenizer`) or from the hub (`gpt2`).
+
+    A folder needs tokenizer.json, or vocab.json and merges.txt. `UserError` names what is missing.
+    """
+    given = Path(name_or_folder).expanduser()
+    for folder in (given, PACKAGE_FOLDER / given, PACKAGE_FOLDER.parent / given):
+        if _holds_tokenizer(folder):
+            return _load_folder(folder)
+    if given.exists():
+        raise UserError(
+            f"{name_or_folder} holds no tokenizer: expected a folder with tokenizer.json,"
+            " or vocab.json and merges.txt"
+        )
+    return _load_folder(_download(name_or_folder))
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    """True if a tokenizer can be loaded from `folder`."""
+    has = {name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    return "tokenizer.json" in has or {"vocab.json", "merges.txt"} <= has
+
+
+def _load_folder(folder: Path) -> TextTokenizer:
+    try:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        else:
+            tokenizer = _load_vocab_and_merges(folder)
+        end_of_text = _end_of_text(tokenizer, folder)
+    except UserError:
+        raise
+    except Exception as error:  # what the Rust side raises is a bare Exception
+        raise UserError(f"{folder}: the tokenizer's files are damaged ({error})") from None
+    return TextTokenizer(tokenizer, folder, end_of_text)
+
+
+def _load_vocab_and_merges(folder: Path) -> Tokenizer:
+    """The two files of GPT-2; the end of text is where the vocabulary has it."""
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    # A merge of "#" with something is a merge; only the first line can be the version.
+    lines = lines[1:] if lines[0].startswith("#version") else lines
+    merges = [tuple(line.split(" ")) for line in lines if line]
+    return _byte_level(vocab, merges, [END_OF_TEXT] if END_OF_TEXT in vocab else [])
+
+
+def _end_of_text(tokenizer: Tokenizer, folder: Path) -> str:
+    """`<|endoftext|>` if the vocabulary has it, else the eos_token of tokenizer_config.json."""
+    token = END_OF_TEXT
+    config_path = folder / "tokenizer_config.json"
+    if tokenizer.token_to_id(token) is None and config_path.is_file():
+        token = json.loads(config_path.read_text(encoding="utf-8")).get("eos_token")
+        token = token["content"] if isinstance(token, dict) else token
+    if token is None or tokenizer.token_to_id(token) is None:
+        raise UserError(f"{folder}: the vocabulary has no {END_OF_TEXT} and no eos_token")
+    return token
+
+
+def _download(name: str) -> Path:
+    """The folder in the hub's cache that holds the tokenizer files of model `name`."""
+    missing = f"{name}: no such folder with a tokenizer"
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise UserError(missing)
+    import huggingface_hub
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=TOKENIZER_FILES))
+    except Exception as error:  # of the hub's client, its HTTP library, the network
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{missing}, and not from the hub: {reason}") from None
+    if not _holds_tokenizer(folder):
+        raise UserError(f"{name}: the hub's model has no tokenizer.json, nor vocab.json and merges")
+    return folder

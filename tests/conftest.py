@@ -1,0 +1,61 @@
+"""What the tests share: no network, no cache of the user's, a small corpus and its tokenizer."""
+
+import os
+import random
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+import pytest
+
+WORDS = "the a one model token layer block shared learns reads writes of and in text small".split()
+
+
+def make_text(seed: int, n_words: int) -> str:
+    """Words drawn with a seed, a line end after every tenth."""
+    draw = random.Random(seed)
+    words = [draw.choice(WORDS) for _ in range(n_words)]
+    return "\n".join(" ".join(words[i : i + 10]) for i in range(0, n_words, 10))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """A cache folder that lives as long as the test."""
+    monkeypatch.setenv("ALGPT2_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder with train/ and valid/ of small text files."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for split, seeds in (("train", range(20)), ("valid", range(100, 104))):
+        (folder / split).mkdir()
+        for seed in seeds:
+            (folder / split / f"{seed:03}.txt").write_text(make_text(seed, 150))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(corpus, tmp_path_factory):
+    """A byte-level BPE tokenizer of 300 entries trained on the corpus."""
+    from algpt2 import tokenization_algpt2
+    from algpt2.corpus import documents
+
+    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    texts = documents(str(corpus / "train"))
+    tokenization_algpt2.save(tokenization_algpt2.train(texts, vocab_size=300), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config_folder(tokenizer_folder, tmp_path_factory):
+    """A config for that tokenizer: one shared block, two layers, factorized embedding."""
+    from algpt2 import ALGPT2Config
+
+    folder = tmp_path_factory.mktemp("config") / "tiny"
+    ALGPT2Config(
+        vocab_size=300, n_positions=32, n_embd=32, n_layer=2, n_head=2, embedding_size=16,
+        bos_token_id=299, eos_token_id=299, attn_pdrop=0.1, embd_pdrop=0.1, resid_pdrop=0.1,
+        architectures=["ALGPT2LMHeadModel"],
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

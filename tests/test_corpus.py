@@ -1,0 +1,382 @@
+"""corpus.py: what each kind of source yields, in which order, and what a user's mistakes say."""
+
+import gzip
+import json
+import os
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from algpt2 import docstrings
+from algpt2.corpus import CorpusReport, Part, describe_sources, documents, first_bytes, list_parts
+from algpt2.errors import UserError
+
+
+def read(*sources, **options):
+    return list(documents([str(source) for source in sources], **options))
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write_parquet(path, texts, name="text", type_=None, row_group_size=2, **options):
+    table = pa.table({"source": [0] * len(texts), name: pa.array(texts, type_)})
+    pq.write_table(table, path, row_group_size=row_group_size, **options)
+    return path
+
+
+def zstd(content):
+    return pa.compress(content, codec="zstd", asbytes=True)
+
+
+# --- files and folders ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "text"
+    for name in ("b.txt", "a/z.txt", "a/a.md", "a.txt", "B", "c/deep/er.text", ".hidden", ".git/x"):
+        write(root / name, name)
+    write(root / "picture.png", b"\x89PNG")
+    write(root / "config.json", "{}")
+    write(root / "d.jsonl", lines({"text": "row 1"}, {"text": "row 2"}))
+    write_parquet(root / "e.parquet", ["row 3"])
+    return root
+
+
+def test_a_folder_is_read_recursively_in_the_order_of_its_sorted_paths(folder):
+    report = CorpusReport()
+    texts = read(folder, report=report)
+    paths = sorted(
+        str(p.relative_to(folder))
+        for p in folder.rglob("*")
+        if p.is_file() and p.suffix in ("", ".txt", ".md", ".text") and ".git" not in p.parts
+    )
+    names = [path for path in paths if not path.startswith(".")]
+    assert texts == [*names, "row 1", "row 2", "row 3"]
+    assert names == ["B", "a.txt", "a/a.md", "a/z.txt", "b.txt", "c/deep/er.text"]
+    assert report.other_files == {".png": 1, ".json": 1}
+
+
+def test_the_order_does_not_depend_on_the_file_system(folder, monkeypatch):
+    texts = read(folder)
+    scandir = os.scandir
+
+    class Reversed:
+        def __init__(self, path):
+            self.entries = scandir(path)
+
+        def __enter__(self):
+            return reversed(list(self.entries))
+
+        def __exit__(self, *error):
+            self.entries.close()
+
+    monkeypatch.setattr(os, "scandir", Reversed)
+    assert read(folder) == texts
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    write(tmp_path / "elsewhere" / "far.txt", "far")
+    write(tmp_path / "text" / "near.txt", "near")
+    (tmp_path / "text" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "text")
+    assert read(tmp_path / "text") == ["far", "near"]
+
+
+def test_the_order_of_the_sources_is_kept_and_n_files_counts_over_them(folder):
+    assert read(folder / "b.txt", folder / "a") == ["b.txt", "a/a.md", "a/z.txt"]
+    assert read(folder / "b.txt", folder / "a", n_files=2) == ["b.txt", "a/a.md"]
+    report = CorpusReport()
+    assert read(folder / "d.jsonl", folder / "a", n_files=1, report=report) == ["row 1", "row 2"]
+    assert report.files == 1
+
+
+def test_globs_are_sorted_recursive_and_take_what_they_name(folder):
+    write(folder / "code.py", "code")
+    assert read(f"{folder}/*.txt") == ["a.txt", "b.txt"]
+    assert read(f"{folder}/*.py") == ["code"]  # a folder would not take it
+    assert read(f"{folder}/[ab]") == ["a/a.md", "a/z.txt"]
+    assert read(f"{folder}/**/*.txt") == ["a.txt", "a/z.txt", "b.txt"]
+    report = CorpusReport()
+    texts = read(f"{folder}/a/**", report=report)
+    assert texts == ["a/a.md", "a/z.txt"]
+    assert read(f"{folder}/*.p*", report=report) == ["code", "row 3"]
+    assert report.other_files == {".png": 1}
+
+
+def test_a_name_with_brackets_is_a_file_before_it_is_a_glob(tmp_path):
+    assert read(write(tmp_path / "a[1].txt", "brackets")) == ["brackets"]
+
+
+def test_lines_become_documents_without_their_ends(tmp_path):
+    path = write(tmp_path / "a.txt", "one\r\n\n two\n   \nthree")
+    report = CorpusReport()
+    assert read(path, line_by_line=True, report=report) == ["one", " two", "three"]
+    assert (report.documents, report.empty, report.line_ends) == (3, 2, 0)
+    rows = write(tmp_path / "b.jsonl", lines({"text": "x\ny"}, {"text": "z\n"}))
+    assert read(rows, line_by_line=True) == ["x", "y", "z"]
+
+
+def test_the_report_counts_bytes_words_and_line_ends_of_the_documents(tmp_path):
+    write(tmp_path / "a.txt", "Grüße  an\nalle\n")
+    write(tmp_path / "b.txt", "x")
+    report = CorpusReport()
+    texts = read(tmp_path, report=report)
+    assert report.text_bytes == sum(len(text.encode()) for text in texts) == 18
+    assert (report.files, report.documents, report.words, report.line_ends) == (2, 2, 4, 2)
+    assert report.summary() == "2 files, 2 documents, 0.0 MB of text, 4 words"
+
+
+def test_undecodable_bytes_are_replaced_and_counted_and_empty_files_counted(tmp_path):
+    write(tmp_path / "a.txt", b"caf\xe9 \xff!")
+    write(tmp_path / "b.txt", b"")
+    write(tmp_path / "c.txt", b" \n\t")
+    write(tmp_path / "d.txt", b"\xef\xbb\xbfa byte order mark")
+    report = CorpusReport()
+    assert read(tmp_path, report=report) == ["caf\ufffd \ufffd!", "a byte order mark"]
+    assert (report.undecodable, report.empty, report.documents) == (1, 2, 2)
+    assert "2 empty" in report.summary() and "1 with undecodable bytes" in report.summary()
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix, pack", [("", bytes), (".gz", gzip.compress), (".zst", zstd)])
+def test_jsonl_and_text_are_read_through_compression(tmp_path, suffix, pack):
+    rows = lines({"text": "eins", "n": 1}, {"text": ""}, {"text": None}, {"text": "zwei"}) + "\n"
+    report = CorpusReport()
+    path = write(tmp_path / f"a.jsonl{suffix}", pack(rows.encode()))
+    assert read(path, report=report) == ["eins", "zwei"]
+    assert report.empty == 3
+    assert read(write(tmp_path / f"a.txt{suffix}", pack(b"text"))) == ["text"]
+    assert len(read(tmp_path)) == 3
+
+
+def test_jsonl_with_lone_surrogates_or_bad_bytes_gives_valid_unicode(tmp_path):
+    raw = b'{"text": "a \\ud800 b"}\n{"text": "\\ud83d\\ude00"}\n{"text": "\xff"}\n'
+    report = CorpusReport()
+    texts = read(write(tmp_path / "a.jsonl", raw), report=report)
+    assert texts == ["a \ufffd b", "\N{GRINNING FACE}", "\ufffd"]
+    assert report.undecodable == 2
+
+
+@pytest.mark.parametrize(
+    "type_", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_parquet_row_groups_are_read_in_order(tmp_path, type_):
+    texts = ["a", "b", None, "c", "d"]
+    path = write_parquet(tmp_path / "a.parquet", texts, type_=type_)
+    assert pq.ParquetFile(path).num_row_groups == 3
+    report = CorpusReport()
+    assert read(path, report=report) == ["a", "b", "c", "d"]
+    assert report.empty == 1
+
+
+def test_another_text_key(tmp_path):
+    assert read(write(tmp_path / "a.jsonl", lines({"body": "b"})), text_key="body") == ["b"]
+    assert read(write_parquet(tmp_path / "a.parquet", ["p"], "body"), text_key="body") == ["p"]
+
+
+def test_hub_datasets_from_a_local_folder(tmp_path, monkeypatch):
+    write(tmp_path / "set" / "train.jsonl", lines(*({"text": f"row {i}"} for i in range(5))))
+    write(tmp_path / "set" / "validation.jsonl", lines({"text": "held out"}))
+    monkeypatch.chdir(tmp_path)
+    assert read("hf:set", n_files=3) == ["row 0", "row 1", "row 2"]
+    assert read("hf:set:validation") == read(f"hf:{tmp_path}/set:validation") == ["held out"]
+    with pytest.raises(UserError, match=r"hf:set:test: .*Bad split"):
+        read("hf:set:test")
+    with pytest.raises(UserError, match=r"'body' .* among text"):
+        read("hf:set", text_key="body")
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("nowhere", "nowhere: no such file or folder"),
+        ("no*thing", "no\\*thing holds no text: .* found no file"),
+        ("empty", "empty holds no text: .* found no file"),
+        ("pictures", r"pictures holds no text: .* found 3 other files \(.png: 2, .zip: 1\)"),
+        ("pictures/a.png", "a.png is not a text file"),
+        ("docs:test", "expected docs:train, docs:valid or docs:all"),
+        ("hf:", "needs the name of a dataset"),
+    ],
+)
+def test_sources_without_text_are_named_before_anything_is_read(
+    tmp_path, monkeypatch, source, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    for name in ("a.png", "b.png", "c.zip"):
+        write(Path("pictures") / name, "x")
+    write(Path("good.txt"), "good")
+    with pytest.raises(UserError, match=message):
+        documents(["good.txt", source])  # already this call, without iterating
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", '{"text": "good"}\n{"text": "cut', "a.jsonl, line 2: expected a JSON object"),
+        ("a.jsonl", '"text"\n', "line 1: expected a JSON object, got a str"),
+        ("a.jsonl", '{"content": "x", "id": 1}\n', "line 1: no 'text' .* among content, id"),
+        ("a.jsonl", '{"text": ["x"]}\n', "line 1: expected text in 'text', got a list"),
+        ("a.jsonl", "[" * 100_000, "line 1: expected a JSON object"),
+        ("a.jsonl.gz", gzip.compress(os.urandom(5000))[:-999], "a.jsonl.gz: cannot be decompr"),
+        ("a.txt.gz", b"not gzip", "a.txt.gz: cannot be decompressed"),
+        ("a.txt.zst", zstd(os.urandom(5000))[:-999], "a.txt.zst: cannot be decompressed"),
+        ("a.parquet", b"not parquet", "a.parquet: not a parquet file"),
+        ("a.txt", "", "no document in .*a.txt: .* 1 empty"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message):
+        read(write(tmp_path / name, content))
+
+
+def test_parquet_without_the_column_or_with_one_of_numbers(tmp_path):
+    with pytest.raises(UserError, match=r"a.parquet: no 'text' .* among source, body"):
+        read(write_parquet(tmp_path / "a.parquet", ["x"], "body"))
+    with pytest.raises(UserError, match=r"b.parquet: column 'text' holds int64"):
+        read(write_parquet(tmp_path / "b.parquet", [1, 2]))
+
+
+def test_a_damaged_page_of_a_parquet_file_is_an_error(tmp_path):
+    texts = ["damaged here", "not here"]
+    path = tmp_path / "a.parquet"
+    write_parquet(path, texts, write_page_checksum=True, compression="none")
+    assert read(path) == texts
+    path.write_bytes(path.read_bytes().replace(b"damaged", b"DAMAGED", 1))
+    with pytest.raises(UserError, match=r"a.parquet: not a parquet file that can be read .*CRC"):
+        read(path)
+
+
+# --- parts, description, cap ---------------------------------------------------------------------
+
+
+def test_parts_name_what_can_be_read_on_its_own(folder):
+    parts = list(list_parts([str(folder / "a"), str(folder / "d.jsonl"), "docs:", "hf:x:y"]))
+    assert parts[0] == Part("text", str(folder / "a" / "a.md"))
+    assert parts[2:] == [
+        Part("jsonl", str(folder / "d.jsonl")), Part("docs", "train"), Part("hf", "x:y")
+    ]  # fmt: skip
+
+
+def test_the_description_changes_with_the_files_and_only_with_them(folder):
+    first = describe_sources(str(folder / "a"))
+    assert first == describe_sources([str(folder / "a")])
+    assert first[0]["files"] == 2 and first[0]["bytes"] == 13
+    json.dumps(first)
+    os.utime(folder / "a" / "z.txt", ns=(0, 0))
+    assert describe_sources(str(folder / "a")) != first
+    assert len(describe_sources([str(folder / "a"), "docs:"], n_files=2)) == 1
+    assert describe_sources("docs:")[0]["packages"].keys() <= set(docstrings.PACKAGES)
+
+
+def test_first_bytes_cuts_at_a_character():
+    assert list(first_bytes(["abc", "défg", "h"], 5)) == ["abc", "d"]
+    assert list(first_bytes(["abc", "d"], 3)) == ["abc"]
+    assert list(first_bytes(["abc", "d"], 100)) == ["abc", "d"]
+
+
+# --- docs: ---------------------------------------------------------------------------------------
+
+
+LONG = "Explain at length. " * 12
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An importable package whose sources are text only: importing it would fail."""
+    root = tmp_path / "site" / "fakepackage"
+    method = 'class A:\n    """short"""\n    def f(self):\n'
+    method += f'        """{LONG}\n\n        indented\n        """\n'
+    write(root / "__init__.py", f'"""Module. {LONG}"""\nraise ImportError("never imported")\n')
+    write(root / "b.py", method + f"if True:\n    def g():\n        '''Two. {LONG}'''\n")
+    write(root / "copy.py", method)
+    write(root / "template.py", f'"""{LONG}"""\n{{% if not python %}}\n')
+    write(root / "escapes.py", f'"""Escape \\d. {LONG}"""\n')
+    monkeypatch.syspath_prepend(root.parent)
+    monkeypatch.setattr(docstrings, "PACKAGES", ("fakepackage", "missingpackage"))
+    monkeypatch.setattr(
+        docstrings.importlib.metadata, "version", lambda name: {"fakepackage": "1.0"}[name]
+    )
+    return root
+
+
+def test_docs_are_the_long_docstrings_each_once_and_cleaned(package, capsys):
+    texts = read("docs:all")
+    assert texts == [
+        f"Module. {LONG}", f"{LONG}\n\nindented", f"Two. {LONG}", f"Escape \\d. {LONG}"
+    ]  # fmt: skip
+    assert "fakepackage" not in sys.modules
+    assert "without missingpackage (not installed)" in capsys.readouterr().out
+
+
+def test_docs_are_split_by_their_hash_without_overlap(package):
+    write(package / "many.py", "".join(f'def f{i}():\n    """{i} {LONG}"""\n' for i in range(1000)))
+    train, valid = read("docs:train"), read("docs:valid")
+    assert sorted(train + valid) == sorted(read("docs:all")) and not set(train) & set(valid)
+    assert 8 <= len(valid) <= 35
+    assert read("docs:") == train
+    assert read("docs:", n_files=7) == train[:7]
+
+
+def test_docs_are_kept_and_made_anew_when_damaged_or_of_another_version(
+    package, capsys, monkeypatch
+):
+    texts = read("docs:all")
+    assert "reading the docstrings" in capsys.readouterr().out
+    (cached,) = Path(os.environ["ALGPT2_CACHE"]).iterdir()
+    package.joinpath("b.py").unlink()  # not noticed: the version stands for the sources
+    assert read("docs:all") == texts
+    assert capsys.readouterr().out == ""
+    cached.write_bytes(cached.read_bytes()[:-1])
+    assert len(read("docs:all")) == len(texts) - 1
+    assert f"{cached} is damaged" in capsys.readouterr().out
+    monkeypatch.setattr(docstrings.importlib.metadata, "version", lambda name: "2.0")
+    read("docs:all")
+    assert len(list(Path(os.environ["ALGPT2_CACHE"]).iterdir())) == 2
+
+
+def test_docs_work_without_a_cache_and_say_so(package, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ALGPT2_CACHE", str(write(tmp_path / "file", "") / "cache"))
+    assert read("docs:all")
+    assert "not kept (Not a directory" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_no_half_cache(package, monkeypatch, capsys):
+    def full_disk(path, raw):
+        path.touch()
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    assert read("docs:all")
+    assert "not kept (No space left on device" in capsys.readouterr().out
+    assert list(Path(os.environ["ALGPT2_CACHE"]).iterdir()) == []
+
+
+def test_docs_need_a_package(monkeypatch):
+    monkeypatch.setattr(docstrings, "PACKAGES", ("missingpackage",))
+    with pytest.raises(UserError, match="docs: needs one of the packages missingpackage"):
+        read("docs:")
+
+
+def test_docs_of_a_real_package(monkeypatch):
+    monkeypatch.setattr(docstrings, "PACKAGES", ("tqdm",))
+    texts = read("docs:all")
+    assert len(texts) > 10 and all(len(text) >= 200 for text in texts)
+    assert any("Decorate an iterable object" in text for text in texts)
