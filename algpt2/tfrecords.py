@@ -1,0 +1,333 @@
+"""The record and the manifest of packed shards: the one place that knows the format.
+
+A shard is a TFRecord file. Each record is a standard `tf.train.Example` with one bytes feature
+`tokens`: seq_len + 1 little-endian uint16 or uint32. All records of a shard have one size, so that
+a shard is an array of records and row i is found by arithmetic:
+
+    head     length and its checksum (TFRecord framing), then the tags and lengths of the Example
+    tokens   seq_len + 1 token ids
+    crc      masked crc32c of the Example
+
+`manifest.json` beside the shards says what they hold; it is written last.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+import reprlib
+import struct
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import google_crc32c
+import numpy as np
+
+from .checkpoints import write_json
+from .errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+FEATURE = b"tokens"
+BLOCK_BYTES = 1 << 24  # of records assembled in memory at a time
+OPEN_SHARDS = 256  # memory maps held at a time: each holds a file descriptor
+
+T = TypeVar("T")
+
+
+# --- the record ----------------------------------------------------------------------------------
+
+
+@functools.lru_cache
+def record_head(seq_len: int, dtype: str) -> bytes:
+    """The constant bytes before the tokens of each record."""
+    n_bytes = (seq_len + 1) * np.dtype(dtype).itemsize
+    # From the inside out: BytesList.value, Feature.bytes_list, map entry, Features, Example.
+    prefix, size = b"", n_bytes
+    for tag, before in ((b"\x0a", b""), (b"\x0a", b""), (b"\x12", _field(b"\x0a", FEATURE)),
+                        (b"\x0a", b""), (b"\x0a", b"")):  # fmt: skip
+        prefix = before + tag + _varint(size) + prefix
+        size = n_bytes + len(prefix)
+    length = struct.pack("<Q", size)
+    checksum = _mask(np.uint32(google_crc32c.value(length)))
+    return length + struct.pack("<I", int(checksum)) + prefix
+
+
+@functools.lru_cache
+def record_dtype(seq_len: int, dtype: str) -> np.dtype:
+    """The numpy dtype of one record; a shard is an array of it."""
+    return np.dtype(
+        [
+            ("head", np.uint8, (len(record_head(seq_len, dtype)),)),
+            ("tokens", np.dtype(dtype).newbyteorder("<"), (seq_len + 1,)),
+            ("crc", "<u4"),
+        ]
+    )
+
+
+def build_records(rows: np.ndarray) -> np.ndarray:
+    """Records of `rows` (n, seq_len + 1), uint16 or uint32: (n,) of `record_dtype`."""
+    dtype, seq_len = rows.dtype.name, rows.shape[1] - 1
+    head = record_head(seq_len, dtype)
+    records = np.empty(len(rows), record_dtype(seq_len, dtype))
+    records["head"] = np.frombuffer(head, np.uint8)
+    records["tokens"] = rows
+    data = records.view(np.uint8).reshape(len(rows), -1)
+    n_framing = 12  # length and its checksum are not part of the Example
+    crc_of_prefix = google_crc32c.value(head[n_framing:])
+    crc = [google_crc32c.extend(crc_of_prefix, record[len(head) : -4]) for record in data]
+    records["crc"] = _mask(np.array(crc, np.uint32))
+    return records
+
+
+def _field(tag: bytes, value: bytes) -> bytes:
+    return tag + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    digits = []
+    while value > 127:
+        digits.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*digits, value])
+
+
+def _mask(crc: np.ndarray) -> np.ndarray:
+    """TFRecord's masked checksum, wrapping at 32 bits."""
+    rotated = (crc >> np.uint32(15)) | (crc << np.uint32(17))
+    return (rotated.astype(np.uint64) + np.uint64(0xA282EAD8)).astype(np.uint32)
+
+
+# --- the manifest --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of records."""
+
+    file: str  # name inside the folder
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds: the content of its `manifest.json`.
+
+    Every token is accounted for: tokens = 1 + (n_rows + dropped_rows) * seq_len + left_over_tokens.
+    """
+
+    format_version: int
+    seq_len: int  # tokens that a row predicts; its record holds one more
+    dtype: str  # uint16 or uint32
+    vocab_size: int
+    eot_id: int
+    tokenizer_sha256: str  # fingerprint of the tokenizer
+    sources: list  # what identifies the text: corpus.describe_sources
+    options: dict  # what else decides the bytes of the shards
+    shards: tuple[Shard, ...]
+    documents: int
+    text_bytes: int  # of the documents as UTF-8
+    words: int  # separated by white space
+    line_ends: int
+    tokens: int  # of all documents, with the control code that starts each
+    left_over_tokens: int  # at the end of the text, too few for one more row
+    dropped_rows: int  # that do not divide by the shards, or beyond n_examples
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of all shards."""
+        return sum(shard.rows for shard in self.shards)
+
+
+# Where zero or a very large number cannot be meant; any other number is from 0 to 2**62.
+RANGES = {
+    "seq_len": (1, 2**28),
+    "vocab_size": (1, 2**32),
+    "eot_id": (0, 2**32 - 1),
+    "documents": (1, 2**62),
+    "rows": (1, 2**40),
+}
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest in `folder`, every field checked.
+
+    Raises:
+        UserError: no manifest, of another format version, or damaged; names the field.
+    """
+    path = Path(folder) / MANIFEST_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no packed shards: it has no {MANIFEST_FILE}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged: it is not JSON") from None
+    version = content.get("format_version") if isinstance(content, dict) else FORMAT_VERSION
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format_version is {reprlib.repr(version)}, expected {FORMAT_VERSION};"
+            " pack the text again"
+        )
+    manifest = _from_json(Manifest, content, path)
+    problem = _inconsistency(manifest)
+    if problem:
+        raise UserError(f"{path} is damaged: {problem}")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`, whole or not at all."""
+    write_json(folder / MANIFEST_FILE, asdict(manifest))
+
+
+def _from_json(cls: type[T], content: Any, path: Path) -> T:
+    """An instance of a dataclass whose fields have the declared types; numbers in `RANGES`."""
+    if type(content) is not dict:
+        raise UserError(f"{path} is damaged: expected an object, got {reprlib.repr(content)}")
+    values = {field.name: content.get(field.name) for field in fields(cls)}
+    for field in fields(cls):
+        value, expected = values[field.name], field.type
+        low, high = RANGES.get(field.name, (0, 2**62))
+        if field.name == "shards" and type(value) is list:
+            values["shards"] = tuple(_from_json(Shard, shard, path) for shard in value)
+            continue
+        if type(value) is not expected or (expected is int and not low <= value <= high):
+            wanted = f"a number from {low} to {high}" if expected is int else expected.__name__
+            raise UserError(
+                f"{path} is damaged: {field.name} is {reprlib.repr(value)}, expected {wanted}"
+            )
+    return cls(**values)
+
+
+def _inconsistency(manifest: Manifest) -> str | None:
+    """What the fields of a manifest contradict, or None."""
+    if manifest.dtype not in ("uint16", "uint32"):
+        return f"dtype is {manifest.dtype!r}, expected uint16 or uint32"
+    if manifest.vocab_size > 1 + np.iinfo(manifest.dtype).max:
+        return f"vocab_size {manifest.vocab_size} does not fit {manifest.dtype}"
+    if manifest.eot_id >= manifest.vocab_size:
+        return f"eot_id {manifest.eot_id} is not below vocab_size {manifest.vocab_size}"
+    if not manifest.shards:
+        return "shards is empty"
+    record_bytes = record_dtype(manifest.seq_len, manifest.dtype).itemsize
+    for shard in manifest.shards:
+        if not re.fullmatch(r"[^/\\\0]+", shard.file) or shard.file in (".", ".."):
+            return f"file {shard.file!r} of a shard is not a file name"
+        if not re.fullmatch(r"[0-9a-f]{64}", shard.sha256):
+            return f"sha256 of {shard.file} is {reprlib.repr(shard.sha256)}, expected 64 hex digits"
+        if shard.bytes != shard.rows * record_bytes:
+            return (
+                f"bytes of {shard.file} is {shard.bytes}, expected {shard.rows} rows"
+                f" of {record_bytes}"
+            )
+        if shard.rows != manifest.shards[0].rows:
+            return f"rows of {shard.file} is {shard.rows}, of the first {manifest.shards[0].rows}"
+    if len({shard.file for shard in manifest.shards}) < len(manifest.shards):
+        return "shards name a file twice"
+    n_rows = manifest.n_rows + manifest.dropped_rows
+    if manifest.tokens != 1 + n_rows * manifest.seq_len + manifest.left_over_tokens:
+        return f"tokens is {manifest.tokens}, which does not agree with the rows and what is left"
+    return None
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def write_file(path: Path, blocks: Iterable[bytes | np.ndarray]) -> tuple[int, str]:
+    """Write `path` so that it is there whole or not at all; its size in bytes and its sha256.
+
+    Raises:
+        OSError: no space, no permission; nothing half-written stays behind.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    digest = hashlib.sha256()
+    try:
+        with partial.open("wb") as file:
+            for block in blocks:
+                file.write(block)
+                digest.update(block)
+            file.flush()
+            os.fsync(file.fileno())
+            n_bytes = file.tell()
+        partial.replace(path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    return n_bytes, digest.hexdigest()
+
+
+def write_shard(path: Path, rows: np.ndarray) -> Shard:
+    """Write `rows` (n, seq_len + 1), uint16 or uint32, as records; memory stays flat.
+
+    Raises:
+        OSError: as `write_file`.
+    """
+    record_bytes = record_dtype(rows.shape[1] - 1, rows.dtype.name).itemsize
+    step = max(1, BLOCK_BYTES // record_bytes)
+    blocks = (build_records(rows[i : i + step]) for i in range(0, len(rows), step))
+    n_bytes, sha256 = write_file(path, blocks)
+    return Shard(path.name, len(rows), n_bytes, sha256)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+class PackedRows:
+    """The rows of a folder of shards, memory-mapped; `open_rows` makes one.
+
+    `rows[i]` is (seq_len + 1,), `rows[ids]` with an array of ids (n,) is (n, seq_len + 1), both
+    copies in the stored dtype.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._tokens = functools.lru_cache(OPEN_SHARDS)(self._map)
+
+    def __len__(self) -> int:
+        return self.manifest.n_rows
+
+    def __getitem__(self, ids: int | np.ndarray) -> np.ndarray:
+        ids = np.asarray(ids)
+        if ids.dtype.kind not in "iu":
+            raise TypeError(f"row ids are integers, got {ids.dtype}")
+        if np.any((ids < 0) | (ids >= len(self))):
+            raise IndexError(f"row ids run from 0 to {len(self) - 1}")
+        shard_ids, places = np.divmod(ids, self.manifest.shards[0].rows)
+        rows = np.empty((*ids.shape, self.manifest.seq_len + 1), self.manifest.dtype)
+        for shard_id in np.unique(shard_ids):
+            here = shard_ids == shard_id
+            rows[here] = self._tokens(int(shard_id))[places[here]]
+        return rows
+
+    def _map(self, shard_id: int) -> np.ndarray:
+        path = self.folder / self.manifest.shards[shard_id].file
+        dtype = record_dtype(self.manifest.seq_len, self.manifest.dtype)
+        return np.memmap(path, dtype, mode="r")["tokens"]
+
+
+def open_rows(folder: str | Path) -> PackedRows:
+    """The rows of the shards in `folder`; looks at every file's size, not at its content.
+
+    Raises:
+        UserError: no manifest or a damaged one; a shard missing or of another size: names it.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    for shard in manifest.shards:
+        path = folder / shard.file
+        if not path.is_file():
+            raise UserError(f"{path} is missing: {folder / MANIFEST_FILE} lists it")
+        n_bytes = path.stat().st_size
+        if n_bytes != shard.bytes:
+            raise UserError(
+                f"{path} is damaged: it has {n_bytes} bytes, expected {shard.bytes};"
+                " copy it again, or pack again with --overwrite"
+            )
+    return PackedRows(folder, manifest)
