@@ -1,0 +1,302 @@
+"""What a run tells its user: progress, console lines, metrics.jsonl, run.json, W&B.
+
+The one place that knows process 0: of several processes the others print and write nothing.
+"""
+
+import contextlib
+import importlib.util
+import json
+import netrc
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .checkpoints import changed_options, write_json
+from .errors import UserError, describe
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
+RUN_FILE, LOCK_FILE = "run.json", ".lock"
+
+PLAIN_SECONDS = 10.0  # between two progress lines in a log file
+
+
+def is_main_process() -> bool:
+    """True in a single process and on process 0 of several (torchrun sets RANK)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class Progress:
+    """A bar on a terminal, a plain line every ten seconds in a log; speed and time left in both.
+
+    >>> with Progress("encode", total=n_bytes, unit="B") as progress:
+    ...     progress.update(1024)
+    """
+
+    def __init__(
+        self, description: str, *, total: int | None = None, unit: str = "it", initial: int = 0
+    ) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.done, self.initial, self.note = initial, initial, ""
+        self.start_s = self.last_line_s = time.monotonic()
+        self.bar = None
+        if is_main_process() and sys.stderr.isatty():
+            self.bar = tqdm(
+                desc=description,
+                total=total,
+                unit=unit,
+                unit_scale=True,
+                initial=initial,
+                dynamic_ncols=True,
+                leave=False,
+            )
+
+    def update(self, n: int, note: str = "") -> None:
+        """Add `n` units; `note` is a few words shown beside the speed."""
+        self.done += n
+        self.note = note or self.note
+        if self.bar is not None:
+            if note:
+                self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(n)
+        elif is_main_process() and time.monotonic() - self.last_line_s >= PLAIN_SECONDS:
+            self.last_line_s = time.monotonic()
+            print(self._line(), flush=True)
+
+    def _line(self) -> str:
+        rate = (self.done - self.initial) / max(1e-9, time.monotonic() - self.start_s)
+        text = f"{self.description}: {self._size(self.done)}"
+        if self.total:
+            left_s = (self.total - self.done) / max(1e-9, rate)
+            text += f" of {self._size(self.total)} {self.done / self.total:.0%}"
+            text += f", {tqdm.format_interval(left_s)} left"
+        return f"{text}, {self._size(round(rate, 2))}/s {self.note}".rstrip()
+
+    def _size(self, n: float) -> str:
+        if self.unit == "B":
+            return f"{tqdm.format_sizeof(n)}B"
+        return f"{n:,} {self.unit.strip()}"
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def log(message: str = "") -> None:
+    """Print on process 0, above the progress bar if there is one."""
+    if is_main_process():
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
+
+
+# --- the folder of a run -------------------------------------------------------------------------
+
+NOT_OF_THE_RUN = {  # options that may change between two starts of the same run
+    "report", "sample", "eval_only", "compressors", "sample_only", "device", "compile",
+    "overwrite", "debug",
+}  # fmt: skip
+
+
+class RunReport:
+    """metrics.jsonl, samples.jsonl, run.json and W&B of one run, written by process 0 only.
+
+    Made when the run starts or continues: lines of steps after `step` (written between the last
+    checkpoint and a crash) are dropped, so that each step stands there once.
+    """
+
+    def __init__(self, save_dir: Path, run: dict[str, Any], step: int, report: Any) -> None:
+        self.metrics_path, self.samples_path = save_dir / METRICS_FILE, save_dir / SAMPLES_FILE
+        self.progress = Progress("train", total=run["steps"], unit="step", initial=step)
+        self.wandb = None
+        if not is_main_process():
+            return
+        for path in (self.metrics_path, self.samples_path):
+            _keep_lines_until(path, step)
+        write_json(save_dir / RUN_FILE, run)
+        self.wandb = _start_wandb(save_dir, run, report)
+
+    def metrics(self, line: dict[str, float]) -> None:
+        """Append a line to metrics.jsonl, send it to W&B, show it."""
+        if not is_main_process():
+            return
+        append_json(self.metrics_path, line)
+        if self.wandb is not None:
+            self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+        if "val_loss" in line:
+            log(
+                f"step {line['step']}: val_loss {line['val_loss']:.4f}, ppl {line['val_ppl']:.2f}, "
+                f"word ppl {line['val_word_ppl']:.2f}, {line['val_bpb']:.4f} bits per byte"
+            )
+
+    def samples(self, step: int, prompt: str, texts: list[str]) -> None:
+        """Append samples to samples.jsonl and show the first."""
+        if not is_main_process():
+            return
+        for text in texts:
+            append_json(self.samples_path, {"step": step, "prompt": prompt, "text": text})
+        log(f"sample at step {step}: {texts[0]!r}")
+        if self.wandb is not None:
+            import wandb
+
+            rows = [[step, prompt, text] for text in texts]
+            table = wandb.Table(columns=["step", "prompt", "text"], data=rows)
+            self.wandb.log({"samples": table}, step=step)
+
+    def histograms(self, step: int, arrays: dict[str, Any]) -> None:
+        """Histograms of named arrays; W&B draws them, no other place does."""
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.log({k: wandb.Histogram(v) for k, v in arrays.items()}, step=step)
+
+    def __enter__(self) -> "RunReport":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.__exit__()
+        if self.wandb is not None:
+            self.wandb.finish(quiet=True)
+
+
+def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """`run` for a new run.json, with what an earlier start of the same run wrote there kept.
+
+    Raises:
+        UserError: save_dir holds something else, or a run with other options.
+    """
+    if overwrite and (save_dir / RUN_FILE).exists():
+        for path in [path for path in save_dir.iterdir() if path.name != LOCK_FILE]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    path = save_dir / RUN_FILE
+    run = json.loads(json.dumps(run))  # as it is read back: tuples are lists there
+    if not path.exists():
+        others = sorted(p.name for p in save_dir.iterdir() if not p.name.startswith("."))
+        if others:
+            raise UserError(
+                f"save_dir {save_dir} holds other files ({', '.join(others[:3])}): expected an "
+                "empty folder or a run; choose another --save_dir"
+            )
+        return {**run, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changes = changed_options(before["options"], run["options"], NOT_OF_THE_RUN)
+        changes += changed_options(before["data"], run["data"])
+        kept = {"created": before["created"], "wandb_id": before["wandb_id"]}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path} is damaged: move it away, or choose another --save_dir") from None
+    if changes:
+        raise UserError(
+            f"save_dir {save_dir} holds another run ({'; '.join(changes[:6])}): repeat its command "
+            "to continue it, choose another --save_dir, or --overwrite to remove it"
+        )
+    return run | kept
+
+
+def append_json(path: Path, line: dict[str, Any]) -> None:
+    """Append one line of JSON in a single write."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSON-lines file; a last line cut by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError:
+        raise UserError(f"{path} is damaged: a line is not JSON") from None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git commit and command of this process, for run.json."""
+    names = ("torch", "tensorflow", "keras", "transformers", "tokenizers", "numpy")
+    versions = {n: metadata.version(n) for n in names if importlib.util.find_spec(n)}
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # no git, or a copy without its history
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "git_commit": commit,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "command": " ".join(sys.argv),
+    }
+
+
+@contextlib.contextmanager
+def locked(save_dir: Path) -> Iterator[None]:
+    """Make save_dir and hold it (process 0): two writers would destroy each other's run.
+
+    Raises:
+        UserError: another process holds it, or it is a file.
+    """
+    if not is_main_process() or fcntl is None:
+        yield
+        return
+    if save_dir.exists() and not save_dir.is_dir():
+        raise UserError(f"save_dir {save_dir} is a file: expected a folder")
+    save_dir.mkdir(parents=True, exist_ok=True)
+    with (save_dir / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"save_dir {save_dir} is in use by another process") from None
+        yield
+
+
+def _keep_lines_until(path: Path, step: int) -> None:
+    if path.exists():
+        kept = [json.dumps(line) + "\n" for line in read_json_lines(path) if line["step"] <= step]
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(path)
+
+
+def _start_wandb(save_dir: Path, run: dict[str, Any], report: Any) -> Any:
+    """A W&B run, or None; never a prompt, and no failure of W&B stops the training."""
+    logged_in = "WANDB_API_KEY" in os.environ or _in_netrc("api.wandb.ai")
+    mode = report.wandb
+    if mode == "auto":
+        mode = "online" if logged_in else "off"
+    elif mode == "online" and not logged_in:
+        log("W&B: not logged in, so offline; `wandb sync` sends the run later")
+        mode = "offline"
+    if mode == "off":
+        return None
+    try:
+        import wandb
+
+        return wandb.init(
+            project="algpt2", dir=save_dir, id=run["wandb_id"], name=save_dir.name,
+            resume="allow" if mode == "online" else None, mode=mode, tags=list(report.tags),
+            config=run, settings=wandb.Settings(silent=True, init_timeout=30),
+        )  # fmt: skip
+    except Exception as error:  # whatever W&B raises, the run is worth more than its curve there
+        log(f"warning: W&B is not available ({describe(error)}); metrics.jsonl has everything")
+        return None
+
+
+def _in_netrc(host: str) -> bool:
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

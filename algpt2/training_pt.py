@@ -1,0 +1,641 @@
+"""Training in PyTorch, in the order of a run: processes, model, optimizer, step, evaluation, fit.
+
+Everything random is a function of (seed, step, process) and every position in the data one of the
+step, so a checkpoint is weights, optimizer state and a step number.
+"""
+
+import contextlib
+import ctypes
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .batches import process_rows
+from .checkpoints import (
+    Checkpoint,
+    find_checkpoint,
+    find_config_folder,
+    prune_checkpoints,
+    write_checkpoint,
+)
+from .errors import NonFiniteError, UserError
+from .evaluation import text_metrics
+from .modeling_algpt2 import ALGPT2LMHeadModel
+from .options import ModelOptions, OptimOptions, TrainOptions
+from .report import RunReport, log
+from .runs import check_model_fits, peak_lr, text_totals
+from .sampling_pt import sample_texts
+from .schedules import lr_factor
+from .tfrecords import PackedRows
+from .tokenization_algpt2 import TextTokenizer
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# --- processes and devices -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together, its device and its number format."""
+
+    rank: int
+    count: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean of a tensor over all processes."""
+        if self.count > 1:
+            dist.all_reduce(value)
+            value /= self.count
+        return value
+
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns on process 0, on every process."""
+        values = [function() if self.rank == 0 else None]
+        if self.count > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Process 0 runs the body before the others: it packs, they find what it packed."""
+        if self.count > 1 and self.rank > 0:
+            dist.barrier()
+        yield
+        if self.count > 1 and self.rank == 0:
+            dist.barrier()
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Context in which matrix products run in `dtype`."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def start_processes(options: TrainOptions) -> Processes:
+    """Join the processes that torchrun started (or be the only one) and choose device and dtype.
+
+    Raises:
+        UserError: the device is not there, or batch_size does not divide among the processes.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if options.optim.batch_size % count:
+        raise UserError(
+            f"--batch_size {options.optim.batch_size} is the batch of all processes: expected a "
+            f"multiple of {count} processes"
+        )
+    transformers.utils.logging.disable_progress_bar()  # a bar a checkpoint
+    device = _device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    else:
+        keep_freed_memory()
+    if count > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes(int(os.environ.get("RANK", "0")), count, device, _dtype(options.optim, device))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} is not usable here ({reason}); try cpu") from None
+    return device
+
+
+def _dtype(optim: OptimOptions, device: torch.device) -> torch.dtype:
+    if optim.fp16:
+        return torch.float16
+    if optim.precision != "auto":
+        return DTYPES[optim.precision]
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32  # CPUs without AMX: bf16 is 100x slower
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory instead of handing each large tensor back to the kernel.
+
+    A small model's step on a CPU otherwise spends up to half its time in page faults of its
+    temporaries. No effect where the C library is not glibc.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
+# --- model ---------------------------------------------------------------------------------------
+
+
+def build_model(options: ModelOptions, tokenizer: TextTokenizer, seq_len: int | None) -> nn.Module:
+    """The model of `--config` with random weights or that of `--checkpoint`, in float32 on the CPU.
+
+    Raises:
+        UserError: unknown config or checkpoint, vocabulary or seq_len that does not fit.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = options.checkpoint or find_config_folder(options.config or "algpt2-tiny")
+    if Path(source).exists():
+        source = find_checkpoint(Path(source), log)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        check_model_fits(config.to_dict(), tokenizer, seq_len, exact=not options.checkpoint)
+        if options.checkpoint and not options.from_scratch:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot load a causal language model from {source}: {error}") from error
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+# --- optimizer -----------------------------------------------------------------------------------
+
+
+class Optimizers:
+    """The optimizers of one model (Muon comes with an AdamW for what is no hidden matrix)."""
+
+    def __init__(
+        self, model: nn.Module, optimizers: list[torch.optim.Optimizer], peak_lr: float
+    ) -> None:
+        self.optimizers, self.peak_lr = optimizers, peak_lr
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+
+    def set_lr(self, factor: float) -> None:
+        """Learning rate of the coming step: `factor` times the peak."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.peak_lr * factor
+
+    def step(self, scaler: torch.amp.GradScaler) -> None:
+        """Update the parameters; the gradients stay until the next step clears them."""
+        with Float32NewtonSchulz():
+            for optimizer in self.optimizers:
+                scaler.step(optimizer)
+        scaler.update()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The whole state as `{parameter name}/{slot}`; Python numbers become float64 scalars."""
+        tensors = {}
+        for optimizer in self.optimizers:
+            for parameter, slots in optimizer.state.items():
+                for slot, value in slots.items():
+                    if value is not None:
+                        tensors[f"{self.names[parameter]}/{slot}"] = torch.as_tensor(
+                            value, dtype=None if torch.is_tensor(value) else torch.float64
+                        ).contiguous()
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Inverse of `state_tensors`.
+
+        Raises:
+            UserError: a tensor belongs to no parameter of the model.
+        """
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        owner = {
+            parameter: optimizer
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        for key, value in tensors.items():
+            name, _, slot = key.rpartition("/")
+            if name not in parameters:
+                raise UserError(f"the optimizer state is of another model: it has {key}")
+            parameter = parameters[name]
+            if value.dim() == 0 and value.dtype == torch.float64:
+                number = value.item()
+                owner[parameter].state[parameter][slot] = int(number) if slot == "step" else number
+            else:
+                owner[parameter].state[parameter][slot] = value.clone()
+
+
+class Float32NewtonSchulz(torch.overrides.TorchFunctionMode):
+    """torch.optim.Muon orthogonalizes in bfloat16: on a CPU 100 times slower than float32."""
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if function is Tensor.bfloat16 and args[0].device.type == "cpu":
+            return args[0].float()
+        return function(*args, **(kwargs or {}))
+
+
+def build_optimizer(model: nn.Module, optim: OptimOptions, lr: float) -> Optimizers:
+    """The optimizer(s) of `--optimizer`; weight decay on matrices only.
+
+    Sources: AdamW arXiv:1711.05101, Adafactor arXiv:1804.04235 (with an explicit learning rate
+    and, unlike torch's, a first moment), Muon arXiv:2502.16982 (updates scaled to AdamW's RMS, so
+    that one learning rate serves both; embeddings, biases and norms take AdamW).
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decay, decay_none = optim.weight_decay, 0.0
+
+    def groups(names: Iterable[str]) -> list[dict[str, Any]]:
+        matrices = [parameters[name] for name in names if parameters[name].dim() >= 2]
+        vectors = [parameters[name] for name in names if parameters[name].dim() < 2]
+        both = [(matrices, decay), (vectors, decay_none)]
+        return [{"params": ps, "weight_decay": weight_decay} for ps, weight_decay in both if ps]
+
+    def adamw(names: Iterable[str]) -> torch.optim.Optimizer:
+        betas = (optim.beta1, optim.beta2)
+        return torch.optim.AdamW(groups(names), lr=lr, betas=betas, fused=True)
+
+    if optim.optimizer == "AdamW":
+        optimizers = [adamw(list(parameters))]
+    elif optim.optimizer == "SGD":
+        optimizers = [torch.optim.SGD(groups(list(parameters)), lr=lr, momentum=optim.momentum)]
+    elif optim.optimizer == "Adafactor":
+        from transformers import Adafactor
+
+        optimizers = [
+            Adafactor(groups(list(parameters)), lr=lr, beta1=optim.beta1 or None,
+                      scale_parameter=False, relative_step=False)
+        ]  # fmt: skip
+    else:
+        embeddings = {
+            id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+        }
+        hidden = [n for n, p in parameters.items() if p.dim() == 2 and id(p) not in embeddings]
+        muon = torch.optim.Muon(
+            [parameters[name] for name in hidden], lr=lr, weight_decay=decay,
+            momentum=optim.momentum, adjust_lr_fn="match_rms_adamw",
+        )  # fmt: skip
+        optimizers = [muon, adamw([name for name in parameters if name not in hidden])]
+    return Optimizers(model, optimizers, lr)
+
+
+# --- one step ------------------------------------------------------------------------------------
+
+
+def mean_loss(model: nn.Module, rows: np.ndarray, device: torch.device) -> Tensor:
+    """Mean cross-entropy in nats of the tokens of `rows`.
+
+    Args:
+        rows: (B, T + 1) token ids; position t predicts token t + 1.
+    """
+    tokens = torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    if isinstance(getattr(model, "module", model), ALGPT2LMHeadModel):
+        return model(inputs, shift_labels=labels, skip_logits=True).loss
+    logits = model(inputs, use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
+@dataclass
+class Trainer:
+    """A model in training: what `train_step` changes and a checkpoint holds."""
+
+    model: nn.Module  # the bare model
+    optimizers: Optimizers
+    options: TrainOptions
+    processes: Processes
+    rows: PackedRows
+    n_steps: int
+    step: int = 0  # optimizer steps taken
+    elapsed_s: float = 0.0  # of training, over all restarts
+    wrapped: nn.Module = field(init=False)  # the model as it is called: compiled, distributed
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.wrapped = torch.compile(self.model) if self.options.compile else self.model
+        if self.processes.count > 1:
+            self.wrapped = DistributedDataParallel(self.wrapped)
+        is_fp16 = self.processes.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=is_fp16)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step predicts, over all processes."""
+        optim = self.options.optim
+        return optim.batch_size * optim.grad_steps * self.rows.manifest.seq_len
+
+    def micro_batches(self) -> Iterator[np.ndarray]:
+        """The rows of this process for the coming step, one forward pass at a time."""
+        optim = self.options.optim
+        for micro_step in range(optim.grad_steps):
+            ids = process_rows(
+                self.step * optim.grad_steps + micro_step, n_rows=len(self.rows),
+                batch_rows=optim.batch_size, seed=optim.seed,
+                process=self.processes.rank, n_processes=self.processes.count,
+            )  # fmt: skip
+            yield self.rows[ids]
+
+
+def build_trainer(
+    options: TrainOptions,
+    tokenizer: TextTokenizer,
+    rows: PackedRows,
+    processes: Processes,
+    n_steps: int,
+    checkpoint: Checkpoint | None,
+) -> Trainer:
+    """Model and optimizer of a new run, or in the state of `checkpoint`."""
+    source = options.model
+    if checkpoint:
+        source = replace(source, checkpoint=str(checkpoint.folder), from_scratch=False)
+    torch.manual_seed(options.optim.seed)
+    model = build_model(source, tokenizer, rows.manifest.seq_len).to(processes.device)
+    optimizers = build_optimizer(model, options.optim, peak_lr(options.optim, options.model))
+    trainer = Trainer(model, optimizers, options, processes, rows, n_steps)
+    if checkpoint:
+        load_state(trainer, checkpoint)
+    return trainer
+
+
+def train_step(trainer: Trainer) -> tuple[float, float]:
+    """One optimizer step: mean loss in nats per token of the global batch, and gradient norm.
+
+    Raises:
+        NonFiniteError: loss or gradient is NaN or infinite; raised before the update.
+    """
+    options, processes = trainer.options.optim, trainer.processes
+    seed_step(options.seed, trainer.step, processes.rank)
+    trainer.model.train()
+    trainer.model.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=processes.device)
+    for i, rows in enumerate(trainer.micro_batches()):
+        last = i == options.grad_steps - 1
+        sync = (
+            contextlib.nullcontext() if last or processes.count == 1 else trainer.wrapped.no_sync()
+        )
+        with sync:
+            with processes.autocast():
+                loss = mean_loss(trainer.wrapped, rows, processes.device) / options.grad_steps
+            trainer.scaler.scale(loss).backward()
+        total += loss.detach()
+    loss_value = processes.mean(total).item()
+    for optimizer in trainer.optimizers.optimizers:
+        trainer.scaler.unscale_(optimizer)
+    max_norm = options.max_grad_norm or math.inf
+    norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), max_norm).item()
+    # With a scaler an infinite norm is an overflow: the scaler skips the step and scales down.
+    if not math.isfinite(loss_value) or not (math.isfinite(norm) or trainer.scaler.is_enabled()):
+        raise NonFiniteError(f"step {trainer.step + 1}: loss {loss_value}, gradient norm {norm}")
+    trainer.optimizers.set_lr(step_lr_factor(trainer.step, options, trainer.n_steps))
+    trainer.optimizers.step(trainer.scaler)
+    trainer.step += 1
+    return loss_value, norm
+
+
+def step_lr_factor(step: int, optim: OptimOptions, n_steps: int) -> float:
+    """`lr_factor` with the options of a run."""
+    return lr_factor(
+        step, schedule=optim.lr_schedule, n_steps=n_steps, warmup_steps=optim.warmup_steps,
+        min_lr_ratio=optim.min_lr_ratio, decay_ratio=optim.decay_ratio,
+    )  # fmt: skip
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed dropout from (seed, step, process): nothing random has to be saved or restored."""
+    state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> np.uint64(1)))
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, rows: PackedRows, processes: Processes, batch_size: int,
+    n_rows: int | None = None, tick: Callable[[int], None] = lambda n: None,
+) -> float:  # fmt: skip
+    """Mean loss in nats over every token of the rows, each counted once.
+
+    Args:
+        n_rows: evaluate only this many rows, evenly spaced.
+        tick: called with the number of rows done.
+    """
+    ids = np.arange(len(rows))
+    if n_rows is not None and n_rows < len(ids):
+        ids = np.linspace(0, len(ids) - 1, n_rows).astype(np.int64)
+    was_training = model.training
+    model.eval()
+    mine = ids[processes.rank :: processes.count]
+    size = max(1, batch_size // processes.count)
+    total = torch.zeros((), device=processes.device, dtype=torch.float64)
+    for start in range(0, len(mine), size):
+        batch = rows[mine[start : start + size]]
+        with processes.autocast():
+            total += mean_loss(model, batch, processes.device).double() * len(batch)
+        tick(len(batch))
+    model.train(was_training)
+    return (processes.mean(total) * processes.count / len(ids)).item()
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def save_state(trainer: Trainer, tokenizer: TextTokenizer, state: dict[str, Any]) -> None:
+    """Write `checkpoint-<step>` in save_dir (process 0) and remove checkpoints no longer kept.
+
+    Args:
+        state: what `training_state.json` holds besides step and scaler.
+    Raises:
+        OSError: no space or no permission.
+    """
+
+    def fill(folder: Path) -> None:
+        trainer.model.save_pretrained(folder)
+        tokenizer.save(folder)
+        save_file(trainer.optimizers.state_tensors(), folder / OPTIMIZER_FILE)
+
+    if trainer.processes.rank == 0:
+        report = trainer.options.report
+        state = {
+            **state, "elapsed_s": trainer.elapsed_s, "scaler": trainer.scaler.state_dict(),
+            "tokens": trainer.step * trainer.tokens_per_step,
+        }  # fmt: skip
+        try:
+            write_checkpoint(Path(report.save_dir), trainer.step, fill, state)
+        except SafetensorError as error:
+            raise OSError(f"cannot write the checkpoint of step {trainer.step}: {error}") from error
+        prune_checkpoints(Path(report.save_dir), report.keep_last, report.milestone_steps)
+    if trainer.processes.count > 1:
+        dist.barrier()
+
+
+def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Optimizer state, step and scaler of a checkpoint (the model was built from it already)."""
+    trainer.optimizers.load_state_tensors(load_file(checkpoint.folder / OPTIMIZER_FILE))
+    if trainer.scaler.is_enabled():
+        trainer.scaler.load_state_dict(checkpoint.state["scaler"])
+    trainer.step, trainer.elapsed_s = checkpoint.step, checkpoint.state["elapsed_s"]
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask for a stop after the current step; a second one exits at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = number
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What `fit` calls between steps."""
+
+    tick: Callable[[float], None]  # after each step, with its loss
+    log: Callable[[dict[str, float]], None]  # a line of metrics
+    evaluate: Callable[[bool], dict[str, float]]  # validation metrics; True: the last time
+    save: Callable[[], None]
+    sample: Callable[[], None]
+    histograms: Callable[[], None]
+
+
+def make_hooks(
+    trainer: Trainer, tokenizer: TextTokenizer, val_rows: PackedRows, run: dict[str, Any],
+    report: RunReport,
+) -> Hooks:  # fmt: skip
+    """The hooks of train_pt.py: validation, samples, checkpoints and reports of one run."""
+    options, model = trainer.options, trainer.model
+
+    def tick(loss: float) -> None:
+        report.progress.update(1, f"loss {loss:.3f}")
+
+    def validate(last: bool) -> dict[str, float]:
+        n_rows = None if last else options.data.n_eval_rows
+        batch_size = options.optim.batch_size
+        loss = evaluate(model, val_rows, trainer.processes, batch_size, n_rows)
+        return text_metrics(loss, text_totals(val_rows.manifest))
+
+    def save() -> None:
+        save_state(trainer, tokenizer, {key: run[key] for key in ("options", "data", "versions")})
+
+    def sample() -> None:
+        if trainer.processes.rank == 0:
+            texts = sample_texts(model, tokenizer, options.sample, options.optim.seed)
+            report.samples(trainer.step, options.sample.prompt, texts)
+
+    def histograms() -> None:
+        arrays = {}
+        for name, p in model.named_parameters():
+            arrays[f"weights/{name}"] = p.detach().float().cpu().numpy()
+            if p.grad is not None:
+                arrays[f"gradients/{name}"] = p.grad.float().cpu().numpy()
+        report.histograms(trainer.step, arrays)
+
+    return Hooks(tick, report.metrics, validate, save, sample, histograms)
+
+
+def fit(trainer: Trainer, hooks: Hooks) -> bool:
+    """Train to the last step; True when done, False when stopped early by a signal or the clock.
+
+    The state is saved in both cases.
+    """
+    report, stop = trainer.options.report, StopSignal()
+    deadline_s = time.monotonic() + 60 * (report.max_minutes or math.inf)
+    eval_steps = report.eval_steps or max(1, trainer.n_steps // 10)
+    save_steps = report.save_steps or eval_steps
+    meter = Speedometer(trainer)
+    while trainer.step < trainer.n_steps:
+        loss, norm = train_step(trainer)
+        trainer.elapsed_s += meter.lap()
+        hooks.tick(loss)
+        step, last = trainer.step, trainer.step == trainer.n_steps
+        evaluated = hooks.evaluate(last) if last or step % eval_steps == 0 else {}
+        if evaluated or step % report.logging_steps == 0:
+            hooks.log(step_metrics(trainer, loss, norm, meter.tokens_per_s()) | evaluated)
+        if report.hist_steps and step % report.hist_steps == 0:
+            hooks.histograms()
+        if report.sample_steps and step % report.sample_steps == 0:
+            hooks.sample()
+        out_of_time = stop.received is not None or time.monotonic() > deadline_s
+        stopping = any_process(out_of_time, trainer.processes)
+        if last or stopping or step % save_steps == 0:
+            hooks.save()
+        if stopping and not last:
+            return False
+        meter.restart()
+    return True
+
+
+class Speedometer:
+    """Training seconds, evaluations and checkpoints left out."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.seconds, self.first_step = trainer, 0.0, trainer.step
+        self.restart()
+
+    def restart(self) -> None:
+        """Start of a step."""
+        self.start_s = time.monotonic()
+
+    def lap(self) -> float:
+        """End of a step: its seconds."""
+        lap_s = time.monotonic() - self.start_s
+        self.seconds += lap_s
+        return lap_s
+
+    def tokens_per_s(self) -> float:
+        """Speed since the last call."""
+        n_steps = self.trainer.step - self.first_step
+        speed = n_steps * self.trainer.tokens_per_step / self.seconds
+        self.seconds, self.first_step = 0.0, self.trainer.step
+        return speed
+
+
+def step_metrics(trainer: Trainer, loss: float, norm: float, speed: float) -> dict[str, float]:
+    """The line of metrics.jsonl for the step just taken: its own loss in nats, lr, norm, speed."""
+    factor = step_lr_factor(trainer.step - 1, trainer.options.optim, trainer.n_steps)
+    return {
+        "step": trainer.step,
+        "tokens": trainer.step * trainer.tokens_per_step,
+        "loss": loss,
+        "lr": trainer.optimizers.peak_lr * factor,
+        "grad_norm": norm,
+        "tokens_per_s": speed,
+        "elapsed_s": trainer.elapsed_s,
+    }
+
+
+def any_process(flag: bool, processes: Processes) -> bool:
+    """True on every process as soon as it is on one: they must leave the loop together."""
+    if processes.count == 1:
+        return flag
+    return processes.mean(torch.tensor(float(flag), device=processes.device)).item() > 0

@@ -1,0 +1,55 @@
+import json
+
+import pytest
+
+import plot_runs
+from algpt2.errors import UserError
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lines = [
+        {"step": s, "tokens": 64 * s, "loss": 5 - s / 10, "lr": 1e-3 / s, "elapsed_s": float(s)}
+        for s in range(1, 11)
+    ]
+    lines[-1]["val_loss"] = 4.0
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_curves_hold_the_numbers_of_the_run(run):
+    figure = plot_runs.draw({"run": plot_runs.read_run(run)}, "tokens", 2)
+    loss, lr = figure.axes
+    raw, smooth, validation = loss.lines
+    assert list(raw.get_xdata()) == [64 * s for s in range(1, 11)]
+    assert raw.get_ydata()[-1] == pytest.approx(4.0)
+    assert smooth.get_ydata()[-1] == pytest.approx(4.05)
+    assert (list(validation.get_xdata()), list(validation.get_ydata())) == ([640], [4.0])
+    assert lr.lines[0].get_ydata()[0] == 1e-3
+
+
+def test_image_is_written_and_redrawn_but_no_other_is_replaced(run, tmp_path, capsys):
+    image = tmp_path / "figures" / "curves.png"
+    plot_runs.main([str(run), f"--save_path={image}"])
+    plot_runs.main([str(run), str(run), f"--save_path={image}", "--x=elapsed_s"])
+    assert "val_loss 4.0000" in capsys.readouterr().out
+    assert image.read_bytes().startswith(b"\x89PNG")
+    image.write_bytes(b"\x89PNG of a friend")
+    with pytest.raises(UserError, match="--overwrite"):
+        plot_runs.main([str(run), f"--save_path={image}"])
+
+
+def test_a_run_that_is_being_written_is_read_to_its_last_whole_line(run):
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 11, "lo')
+    assert len(plot_runs.read_run(run)) == 10
+
+
+@pytest.mark.parametrize("content", [None, "", "{}\n", "not json\n"])
+def test_what_is_no_run_is_a_user_error(tmp_path, content):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError):
+        plot_runs.main([str(tmp_path)])

@@ -1,0 +1,66 @@
+"""Rules that hold for every script and module: quick help, separate frameworks, no surprises."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+MODULES = sorted(path.stem for path in (ROOT / "algpt2").glob("*.py") if path.stem != "__init__")
+HEAVY = (
+    "torch",
+    "transformers",
+    "tensorflow",
+    "keras",
+    "datasets",
+    "matplotlib",
+    "wandb",
+    "pandas",
+)
+
+
+def python(code, cwd=ROOT):
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_imports_no_framework_and_runs_from_anywhere(script, tmp_path):
+    code = f"""
+import runpy, sys
+sys.argv = ["{script}", "--help"]
+sys.path.insert(0, "{ROOT}")
+try:
+    runpy.run_path("{ROOT / script}", run_name="__main__")
+except SystemExit as stop:
+    assert not stop.code
+print("heavy:", [name for name in {HEAVY} if name in sys.modules])
+"""
+    printed = python(code, cwd=tmp_path)
+    assert "usage:" in printed
+    assert printed.endswith("heavy: []\n")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_the_frameworks_of_its_name_only(module):
+    code = f"import sys, algpt2.{module}; print([*{{'torch', 'tensorflow'}} & sys.modules.keys()])"
+    imported = ast.literal_eval(python(code).splitlines()[-1])
+    is_torch = module.endswith("_pt") or module == "modeling_algpt2"
+    is_tensorflow = module.endswith("_tf") or module in ("modeling_tf_algpt2", "tpu")
+    # transformers' configuration classes import torch where it is installed.
+    allowed = ["torch"] * (is_torch or module == "configuration_algpt2") + [
+        "tensorflow"
+    ] * is_tensorflow
+    assert set(imported) <= set(allowed)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_opens_with_commands(script):
+    docstring = ast.get_docstring(ast.parse((ROOT / script).read_text()))
+    assert f"python3 {script}" in docstring
