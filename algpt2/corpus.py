@@ -202,9 +202,9 @@ def list_parts(sources: Sequence[str], report: CorpusReport | None = None) -> It
             others = CorpusReport(other_files=other_files)
             seen = f"{other_files.total():,} other files ({others._others()})"
             raise UserError(
-                f"{source} holds no text: expected .txt, .md, .jsonl (or these as .gz, .zst), .parquet"
-                f" or files without suffix, found {seen if other_files else 'no file'}; text with"
-                " another suffix is read when its file or a glob names it"
+                f"{source} holds no text: expected .txt, .md, .jsonl (or these as .gz, .zst),"
+                f" .parquet or files without suffix, found {seen if other_files else 'no file'};"
+                " text with another suffix is read when its file or a glob names it"
             )
 
 
