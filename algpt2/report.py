@@ -136,8 +136,7 @@ class RunReport:
         if not is_main_process():
             return
         append_json(self.metrics_path, line)
-        if self.wandb is not None:
-            self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+        self._send({k: v for k, v in line.items() if k != "step"}, line["step"])
         if "val_loss" in line:
             log(
                 f"step {line['step']}: val_loss {line['val_loss']:.4f}, ppl {line['val_ppl']:.2f}, "
@@ -156,14 +155,24 @@ class RunReport:
 
             rows = [[step, prompt, text] for text in texts]
             table = wandb.Table(columns=["step", "prompt", "text"], data=rows)
-            self.wandb.log({"samples": table}, step=step)
+            self._send({"samples": table}, step)
 
     def histograms(self, step: int, arrays: dict[str, Any]) -> None:
         """Histograms of named arrays; W&B draws them, no other place does."""
         if self.wandb is not None:
             import wandb
 
-            self.wandb.log({k: wandb.Histogram(v) for k, v in arrays.items()}, step=step)
+            self._send({k: wandb.Histogram(v) for k, v in arrays.items()}, step)
+
+    def _send(self, values: dict[str, Any], step: int) -> None:
+        """Values to W&B; whatever it raises, the run is worth more than its curve there."""
+        if self.wandb is None:
+            return
+        try:
+            self.wandb.log(values, step=step)
+        except Exception as error:
+            log(f"warning: W&B failed ({describe(error)}) and is off; metrics.jsonl goes on")
+            self.wandb = None
 
     def __enter__(self) -> "RunReport":
         return self
@@ -171,7 +180,8 @@ class RunReport:
     def __exit__(self, *error: object) -> None:
         self.progress.__exit__()
         if self.wandb is not None:
-            self.wandb.finish(quiet=True)
+            with contextlib.suppress(Exception):  # the run is saved; W&B may fail
+                self.wandb.finish()
 
 
 def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, Any]:

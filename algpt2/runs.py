@@ -57,8 +57,8 @@ def check_model_fits(
     n_ids, n_embeddings = tokenizer.vocab_size, config.get("vocab_size", tokenizer.vocab_size)
     if n_ids > n_embeddings or (exact and n_ids != n_embeddings):
         raise UserError(
-            f"the tokenizer has {n_ids:,} entries and the model {n_embeddings:,}: expected the same; "
-            f"choose another --tokenizer, or train one with --vocab_size {n_embeddings}"
+            f"the tokenizer has {n_ids:,} entries and the model {n_embeddings:,}: expected the "
+            f"same; choose another --tokenizer, or train one with --vocab_size {n_embeddings}"
         )
     n_positions = context_of(config)
     if seq_len and n_positions and seq_len > n_positions:

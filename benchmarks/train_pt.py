@@ -1,6 +1,6 @@
 """Speed and memory of a training step: this project against transformers' Trainer.
 
-    python3 benchmarks/train_pt.py                  # algpt2/gpt2 and algpt2/algpt2, 4 x 256, float32
+    python3 benchmarks/train_pt.py             # algpt2/gpt2 and algpt2/algpt2, 4 x 256, float32
     python3 benchmarks/train_pt.py --configs algpt2-tiny --rounds 3
 
 One process a measurement, the contestants alternate, medians and ratios over the rounds: machines
@@ -69,11 +69,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             ("ours", f"train_pt.py, {config}"),
             ("Trainer", "Trainer, GPT2LMHeadModel"),
         ):
-            m = medians[name]
-            lines.append([
-                label, f"{m['tokens_per_s']:.0f}", f"{m['tokens_per_s'] / base['tokens_per_s']:.2f}",
-                f"{m['peak_gb']:.2f}", f"{m['peak_gb'] / base['peak_gb']:.2f}",
-            ])  # fmt: skip
+            line = [label]
+            for unit, digits in (("tokens_per_s", 0), ("peak_gb", 2)):
+                value = medians[name][unit]
+                line += [f"{value:.{digits}f}", f"{value / base[unit]:.2f}"]
+            lines.append(line)
     print(table(lines))
     path = ROOT / "benchmarks" / "results" / "train_pt.json"
     path.parent.mkdir(exist_ok=True)
@@ -121,7 +121,7 @@ def measure_ours(config: str, options: Options) -> dict[str, float]:
 
 
 def measure_trainer(config: str, options: Options) -> dict[str, float]:
-    """`transformers.Trainer` with GPT2LMHeadModel of the same shape, its default loss and loader."""
+    """`transformers.Trainer` with GPT2LMHeadModel of the same shape, its own loss and loader."""
     import torch
     from transformers import (
         GPT2Config,

@@ -160,15 +160,18 @@ def test_a_stock_gpt2_config_is_an_algpt2_without_sharing(tmp_path, caplog):
 
 
 def test_every_key_survives_saving(tmp_path):
-    config = ALGPT2Config(
+    keys = {
         **TINY,
-        embedding_size=8,
-        num_hidden_groups=2,
-        layer_map=[0, 1, 0, 1],
-        residual_init_scale=0.125,
-    )
+        "embedding_size": 8,
+        "num_hidden_groups": 2,
+        "layer_map": [0, 1, 0, 1],
+        "residual_init_scale": 0.125,
+    }
+    config = ALGPT2Config(**keys)
     config.save_pretrained(tmp_path)
-    assert ALGPT2Config.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    loaded = ALGPT2Config.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert {key: getattr(loaded, key) for key in keys} == keys
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 
 from algpt2 import tokenization_algpt2 as tokenization
 from algpt2.errors import UserError
@@ -218,7 +218,7 @@ def test_end_of_text_is_found_wherever_the_vocabulary_has_it(old_folder):
 
 def test_end_of_text_of_another_model_is_its_eos_token(tmp_path):
     Tokenizer(models.BPE({"a": 0, "</s>": 1}, [])).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"has no <\|endoftext\|> and no eos_token"):
+    with pytest.raises(UserError, match=r"^\S+: the vocabulary has no <\|endoftext\|> and no eos"):
         load_tokenizer(str(tmp_path))
     for eos in ("</s>", {"content": "</s>"}):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
@@ -233,6 +233,16 @@ def test_truncation_and_padding_in_a_tokenizer_json_are_ignored(folder, tmp_path
     ours, theirs = load_tokenizer(str(folder)), load_tokenizer(str(tmp_path))
     assert ids(theirs, PLAIN) == ids(ours, PLAIN)
     assert theirs.fingerprint == ours.fingerprint
+
+
+def test_special_tokens_that_a_tokenizer_json_would_add_are_not_added(folder, tmp_path):
+    foreign = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    foreign.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 399)]
+    )
+    foreign.save(str(tmp_path / "tokenizer.json"))
+    assert foreign.encode("a").ids[0] == 399
+    assert ids(load_tokenizer(str(tmp_path)), PLAIN) == ids(load_tokenizer(str(folder)), PLAIN)
 
 
 def test_the_fingerprint_tells_tokenizers_apart(folder, tmp_path):

@@ -1,0 +1,125 @@
+"""Progress, and what W&B may and may not do to a run."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from algpt2 import report
+from algpt2.options import ReportOptions
+from algpt2.report import Progress, RunReport, open_run
+
+RUN = {"options": {"optim": {"lr": 1.0}}, "data": {"train": "a"}, "steps": 3, "wandb_id": "abc"}
+
+
+class FakeWandb(types.ModuleType):
+    """Records what it is called with; `broken` methods raise."""
+
+    def __init__(self, broken=()):
+        super().__init__("wandb")
+        self.calls, self.broken = [], broken
+        self.Settings = lambda **kwargs: kwargs
+
+    def init(self, **kwargs):
+        return self._call("init", kwargs) or self
+
+    def log(self, values, step):
+        self._call("log", (step, values))
+
+    def finish(self):
+        self._call("finish", None)
+
+    def _call(self, name, value):
+        self.calls.append((name, value))
+        if name in self.broken:
+            raise RuntimeError(f"{name} failed")
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    def install(broken=()):
+        module = FakeWandb(broken)
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        return module
+
+    return install
+
+
+def write(folder, mode):
+    with RunReport(folder, RUN, 0, ReportOptions(wandb=mode, tags=("a",))) as run_report:
+        run_report.metrics({"step": 1, "loss": 2.0})
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_wandb_gets_the_run_offline_without_an_account(fake, tmp_path):
+    module = fake()
+    write(tmp_path, "online")
+    (_, settings), (_, logged), _ = module.calls
+    assert (settings["mode"], settings["id"], settings["tags"]) == ("offline", "abc", ["a"])
+    assert settings["config"]["options"] == RUN["options"]
+    assert logged == (1, {"loss": 2.0})
+
+
+def test_wandb_is_online_for_those_logged_in_and_off_for_others(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # no .netrc
+    module = fake()
+    write(tmp_path, "auto")
+    assert module.calls == []
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    write(tmp_path, "auto")
+    assert module.calls[0][1]["mode"] == "online"
+
+
+@pytest.mark.parametrize("broken", ["init", "log", "finish"])
+def test_a_failing_wandb_loses_no_metrics(fake, tmp_path, broken):
+    fake([broken])
+    assert write(tmp_path, "offline") == [{"step": 1, "loss": 2.0}]
+
+
+def test_the_real_wandb_writes_an_offline_run(tmp_path):
+    write(tmp_path, "offline")
+    assert list(tmp_path.glob("wandb/offline-run-*-abc/*.wandb"))
+
+
+def test_a_continued_run_keeps_its_id_and_date(tmp_path):
+    first = open_run(tmp_path, RUN, overwrite=False)
+    (tmp_path / "run.json").write_text(json.dumps(first))
+    again = open_run(tmp_path, RUN | {"wandb_id": "new", "steps": 4}, overwrite=False)
+    assert (again["wandb_id"], again["created"], again["steps"]) == ("abc", first["created"], 4)
+
+
+@pytest.mark.parametrize("text", ["", "null", "[1]", "{}", '{"options": 1}', "[" * 100_000])
+def test_a_damaged_run_json_is_a_user_error(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(report.UserError, match="damaged"):
+        open_run(tmp_path, RUN, overwrite=False)
+
+
+def test_processes_other_than_0_write_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with RunReport(tmp_path, RUN, 0, ReportOptions(wandb="offline")) as run_report:
+        run_report.metrics({"step": 1, "loss": 2.0})
+        run_report.samples(1, "a", ["b"])
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_progress_in_a_log_is_plain_lines_with_speed_and_time_left(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    with Progress("train", total=100, unit="step", initial=10) as progress:
+        for _ in range(30):
+            now[0] += 1
+            progress.update(1, "loss 2.0")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "train: 20 step of 100 step 20%, 01:20 left, 1.0 step/s loss 2.0"
+    assert len(lines) == 3
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with Progress("train", total=2, unit="step") as progress:
+        progress.update(2)
+    captured = capsys.readouterr()
+    assert "train" in captured.err and captured.out == ""
