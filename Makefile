@@ -23,7 +23,8 @@ quickstart: venv
 	$(PY) make_tfrecords.py --path docs:valid --tokenizer $(RUN)/tokenizer --seq_len 256 --save_path $(RUN)/val
 	@echo "== 4/7 pretraining algpt2-tiny (about five minutes on two cores)"
 	$(PY) train_pt.py --config algpt2-tiny --from_scratch --tokenizer $(RUN)/tokenizer \
-	  --train_path $(RUN)/train --val_path $(RUN)/val --save_dir $(RUN)/model $(QUICKSTART_FLAGS)
+	  --train_path $(RUN)/train --val_path $(RUN)/val --save_dir $(RUN)/model \
+	  --optimizer Muon --lr 8e-3 --warmup_steps 20 --batch_size 4 --max_steps 1000 --eval_steps 250 --logging_steps 5
 	@echo "== 5/7 evaluation"
 	$(PY) train_pt.py --eval_only --checkpoint $(RUN)/model --val_path $(RUN)/val --compressors
 	@echo "== 6/7 samples"

@@ -230,6 +230,6 @@ class PlotOptions:
     runs: tyro.conf.Positional[tuple[str, ...]]  # folders of runs (or their metrics.jsonl)
     save_path: str = "curves.png"  # image to write
     x: Literal["tokens", "step", "elapsed_s"] = "tokens"  # what the curves run over
-    smooth: int = 1  # training points averaged per drawn point
+    smooth: int = 10  # lines of metrics.jsonl averaged per drawn point; 1: none
     overwrite: bool = False  # replace an image that this script did not draw
     debug: bool = False  # a traceback with every error

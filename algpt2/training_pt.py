@@ -180,7 +180,7 @@ def build_model(options: ModelOptions, tokenizer: TextTokenizer, seq_len: int | 
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load a causal language model from {source}: {error}") from error
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     return model
 
 
