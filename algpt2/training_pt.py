@@ -34,7 +34,7 @@ from .checkpoints import (
     prune_checkpoints,
     write_checkpoint,
 )
-from .errors import NonFiniteError, UserError
+from .errors import NonFiniteError, UserError, describe
 from .evaluation import text_metrics
 from .modeling_algpt2 import ALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TrainOptions
@@ -484,8 +484,11 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer, state: dict[str, Any]
         }  # fmt: skip
         try:
             write_checkpoint(Path(report.save_dir), trainer.step, fill, state)
-        except SafetensorError as error:
-            raise OSError(f"cannot write the checkpoint of step {trainer.step}: {error}") from error
+        except (SafetensorError, OSError) as error:
+            raise OSError(
+                f"cannot write the checkpoint of step {trainer.step} in {report.save_dir} "
+                f"({describe(error)}); earlier ones are whole, the same command continues from them"
+            ) from error
         prune_checkpoints(Path(report.save_dir), report.keep_last, report.milestone_steps)
     if trainer.processes.count > 1:
         dist.barrier()
