@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from .batches import permutation
 from .checkpoints import write_json
 from .corpus import CorpusReport, Part, list_parts, read_parts
 from .encoders import Encode, build_encoder
@@ -63,9 +64,7 @@ class Context:
     max_tokens: float  # no task needs more
 
 
-def cut_tasks(
-    sources: Sequence[str], n_files: int | None, report: CorpusReport
-) -> list[Task]:
+def cut_tasks(sources: Sequence[str], n_files: int | None, report: CorpusReport) -> list[Task]:
     """The tasks of a corpus; `report.other_files` counts the files that are not text."""
     tasks: list[Task] = []
     run: list[Part] = []
@@ -220,15 +219,24 @@ class Segments:
     starts: np.ndarray  # (n,) int64: place of the first token among all stored ones
     lengths: np.ndarray  # (n,) int64
 
+    @classmethod
+    def of_stream(cls, n_tokens: int) -> "Segments":
+        """All stored tokens as they lie."""
+        return cls(np.array([0]), np.array([n_tokens]))
+
     @property
     def n_tokens(self) -> int:
+        """Tokens of all stretches."""
         return int(self.lengths.sum())
 
     def cut(self, start: int, stop: int) -> "Segments":
         """The segments of the tokens `start` to `stop` of this stream."""
         ends = np.cumsum(self.lengths)
         first, last = np.searchsorted(ends, [start, stop - 1], side="right")
-        starts, lengths = self.starts[first : last + 1].copy(), self.lengths[first : last + 1].copy()
+        starts, lengths = (
+            self.starts[first : last + 1].copy(),
+            self.lengths[first : last + 1].copy(),
+        )
         lengths[-1] -= ends[last] - stop
         before = start - (ends[first] - self.lengths[first])
         starts[0] += before
@@ -291,9 +299,7 @@ class StreamRows:
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         start, stop, _ = rows.indices(len(self))
-        tokens = self.store.read(
-            self.segments.cut(start * self.seq_len, stop * self.seq_len + 1)
-        )
+        tokens = self.store.read(self.segments.cut(start * self.seq_len, stop * self.seq_len + 1))
         return np.lib.stride_tricks.sliding_window_view(tokens, self.seq_len + 1)[:: self.seq_len]
 
 
@@ -314,7 +320,7 @@ def order_documents(
         keep[np.unique(documents["hash"], return_index=True)[1]] = True
     order = np.arange(len(documents))
     if shuffle_seed is not None:
-        order = np.random.default_rng(shuffle_seed).permutation(len(documents))
+        order = permutation(len(documents), shuffle_seed, 0)
     order = order[keep[order]]
     splits = {"": order}
     if valid_fraction:
