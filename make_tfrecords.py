@@ -7,11 +7,11 @@
         --tokenizer ./tokenizer/
     python3 make_tfrecords.py --path a.jsonl.gz "b/**/*.txt" hf:NAME:train --save_path shards/
 
-    python3 make_tfrecords.py --path owt.tar --dedup --valid_fraction 0.01 --n_shards 16 --workers 16
+    python3 make_tfrecords.py --path owt.tar --dedup --valid_fraction 0.01 --n_shards 16
     python3 make_tfrecords.py --verify shards/
 
-Interrupted, repeat the command: it goes on, to the same bytes. A finished folder says that it is done;
-other options in the same folder are an error.
+Interrupted, repeat the command: it goes on, to the same bytes. A finished folder says that it is
+done; other options in the same folder are an error.
 
 What is left behind:
 

@@ -113,8 +113,8 @@ def choose_encoder(tokenizer: TextTokenizer, texts: Iterable[str]) -> dict[str, 
     }
     if differences:
         log(
-            f"warning: gigatoken and tokenizers differ on {differences:,} of {documents:,} documents"
-            " of this text: encoding with tokenizers, 100 times slower"
+            f"warning: gigatoken and tokenizers differ on {differences:,} of {documents:,}"
+            " documents of this text: encoding with tokenizers, 100 times slower"
         )
         return oracle | compared
     return {"name": "gigatoken", "version": metadata.version("gigatoken"), **compared}

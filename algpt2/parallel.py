@@ -1,4 +1,4 @@
-"""The same tasks in this process, in worker processes, or on a Ray cluster: same results, in order."""
+"""Tasks in this process, in worker processes or on a Ray cluster: the same results, in order."""
 
 import contextlib
 import multiprocessing

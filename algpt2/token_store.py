@@ -1,7 +1,7 @@
-"""Phase 1 of packing: tasks of documents to files of tokens, in any order, by any number of workers.
+"""Phase 1 of packing: tasks of documents to files of tokens, in any order, by any workers.
 
-A task is a run of the corpus's parts, cut by a rule that knows nothing of workers. It leaves in the
-work folder, the last only when the others are complete:
+A task is a run of the corpus's parts, cut by a rule that knows nothing of workers. It leaves in
+the work folder, the last only when the others are complete:
 
     00000.tokens       the tokens of its documents, each behind its control code
     00000.documents    one `DOCUMENT` per document, where documents are picked or shuffled
@@ -28,6 +28,7 @@ from .tfrecords import write_file
 from .tokenization_algpt2 import TextTokenizer
 
 TASK_FILES, TASK_BYTES = 4096, 64 << 20  # a task has at most so many files, and about so much text
+OPEN_FILES = 64  # of tokens, mapped at a time: each holds a file descriptor
 BATCH_CHARACTERS = 1 << 20  # of text whose tokens are written at once
 SAMPLE_TASKS, SAMPLE_CHARACTERS = 16, 1 << 16  # of each task, what the encoders are compared on
 
@@ -125,7 +126,7 @@ def encode_task(
     """
     base = context.work / f"{task.index:05d}"
     done = base.with_suffix(".json")
-    if done.exists():
+    if done.exists():  # written behind the tokens: they are there
         return json.loads(done.read_text(encoding="utf-8"))
     report = CorpusReport()
     found: list[np.ndarray] = []
@@ -191,7 +192,7 @@ def encode_documents(
         stream = np.concatenate([part for tokens in ids for part in (start, tokens)])
         documents = [
             (len(tokens) + len(start), *counts)
-            for tokens, (_, counts) in zip(ids, batch)
+            for tokens, (_, counts) in zip(ids, batch, strict=True)
             if counts is not None
         ]
         yield stream.astype(np.dtype(dtype).newbyteorder("<")), np.array(documents, DOCUMENT)
@@ -244,20 +245,26 @@ class Segments:
         return Segments(starts, lengths)
 
 
-@dataclass(frozen=True)
 class TokenStore:
-    """The token files of finished tasks as one array."""
+    """The token files of finished tasks as one array.
 
-    work: Path
-    sizes: tuple[int, ...]  # tokens of each task
-    dtype: str
+    Args:
+        sizes: tokens of each task.
+    """
+
+    def __init__(self, work: Path, sizes: Sequence[int], dtype: str) -> None:
+        self.work, self.sizes, self.dtype = work, tuple(sizes), dtype
+        self._map = functools.lru_cache(OPEN_FILES)(self._map_tokens)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenStore, (self.work, self.sizes, self.dtype)
 
     def read(self, segments: Segments) -> np.ndarray:
         """The tokens of the segments (n_tokens,)."""
         ends = np.cumsum(self.sizes)
         tokens = np.empty(segments.n_tokens, np.dtype(self.dtype).newbyteorder("<"))
         place = 0
-        for start, length in zip(segments.starts.tolist(), segments.lengths.tolist()):
+        for start, length in zip(segments.starts.tolist(), segments.lengths.tolist(), strict=True):
             task = int(np.searchsorted(ends, start, side="right"))
             while length:
                 n = min(length, int(ends[task]) - start)
@@ -266,20 +273,15 @@ class TokenStore:
                 place, start, length, task = place + n, start + n, length - n, task + 1
         return tokens
 
-    def _map(self, task: int) -> np.ndarray:
-        return _map_tokens(self.work / f"{task:05d}.tokens", self.dtype)
+    def _map_tokens(self, task: int) -> np.ndarray:
+        path = self.work / f"{task:05d}.tokens"
+        dtype = np.dtype(self.dtype).newbyteorder("<")
+        return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
 
     def documents(self) -> np.ndarray:
         """The `DOCUMENT` records of all tasks in order."""
         paths = [self.work / f"{task:05d}.documents" for task in range(len(self.sizes))]
         return np.concatenate([np.fromfile(path, DOCUMENT) for path in paths])
-
-
-@functools.lru_cache(64)  # maps held at a time: each holds a file descriptor
-def _map_tokens(path: Path, dtype: str) -> np.ndarray:
-    if path.stat().st_size == 0:  # nothing to map
-        return np.empty(0, dtype)
-    return np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r")
 
 
 class StreamRows:

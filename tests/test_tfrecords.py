@@ -17,6 +17,7 @@ from algpt2.tfrecords import (
     build_records,
     open_rows,
     read_manifest,
+    verify,
     write_manifest,
     write_shard,
 )
@@ -40,6 +41,7 @@ def write_folder(folder, rows, n_shards):
         tokenizer_sha256="0" * 64, sources=[{"source": "text"}], options={"n_files": None},
         shards=shards, documents=3, text_bytes=99, words=20, line_ends=2,
         tokens=1 + size * n_shards * seq_len + 5, left_over_tokens=5, dropped_rows=0,
+        duplicates=0, encoder={"name": "tokenizers"},
     )  # fmt: skip
     write_manifest(folder, manifest)
     return manifest
@@ -298,3 +300,58 @@ def test_every_field_of_the_manifest_is_needed(folder):
         path.write_text(json.dumps({k: v for k, v in content.items() if k != name}))
         with pytest.raises(UserError, match=name):
             read_manifest(folder)
+
+
+# --- checking ------------------------------------------------------------------------------------
+
+
+def test_a_sound_folder_has_no_problems(folder):
+    for workers in (1, 2):
+        manifest, problems = verify(folder, tokenizer_sha256="0" * 64, workers=workers)
+        assert (problems, manifest) == ([], read_manifest(folder))
+
+
+def test_a_thousand_flipped_bytes_are_a_thousand_found_and_named(folder):
+    rng, paths = np.random.default_rng(0), sorted(folder.iterdir())
+    sizes = [path.stat().st_size for path in paths]
+    found = 0
+    for place in rng.integers(sum(sizes), size=1000):
+        i = int(np.searchsorted(np.cumsum(sizes), place, side="right"))
+        raw = bytearray(paths[i].read_bytes())
+        raw[place - sum(sizes[:i])] ^= rng.integers(1, 256)
+        before = paths[i].read_bytes()
+        paths[i].write_bytes(raw)
+        try:
+            problems = verify(folder)[1]
+        except UserError as error:
+            problems = [str(error)]
+        found += any(paths[i].name in problem for problem in problems)
+        paths[i].write_bytes(before)
+    assert found == 1000
+
+
+def test_what_is_missing_foreign_cut_or_of_another_tokenizer_is_named(folder):
+    (folder / "0.tfrecord").unlink()
+    (folder / "1.tfrecord").write_bytes((folder / "1.tfrecord").read_bytes()[:-1])
+    (folder / "9.tfrecord").write_bytes(b"of another run")
+    _, problems = verify(folder, tokenizer_sha256="1" * 64)
+    text = "\n".join(problems)
+    for named in ("000000000000, expected 111111111111", "0.tfrecord: missing",
+                  "1.tfrecord: 103 bytes, expected 104", "9.tfrecord: not in manifest"):  # fmt: skip
+        assert named in text
+    assert len(problems) == 4
+
+
+def test_a_record_changed_together_with_its_crc_is_found_by_the_sha256(folder):
+    rows = open_rows(folder)[np.arange(2)]
+    rows[0, 0] ^= 1
+    write_shard(folder / "0.tfrecord", rows)
+    (problem,) = verify(folder)[1]
+    assert "0.tfrecord: its sha256" in problem
+
+
+def test_the_manifest_has_a_checksum_of_its_content(folder):
+    path = folder / MANIFEST_FILE
+    path.write_text(path.read_text().replace('"words": 20', '"words": 21'))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged: its sha256 is not that"):
+        read_manifest(folder)
