@@ -333,7 +333,12 @@ def order_documents(
 
 def _fractions(hashes: np.ndarray) -> np.ndarray:
     """`hash_fraction` of each text, of the first six bytes of its hash (big-endian)."""
-    digits = hashes.view(np.uint8).reshape(len(hashes), 16)[:, :6].astype(np.float64)
+    digits = (
+        np.ascontiguousarray(hashes)
+        .view(np.uint8)
+        .reshape(len(hashes), 16)[:, :6]
+        .astype(np.float64)
+    )
     return digits @ (256.0 ** -np.arange(1, 7))
 
 
