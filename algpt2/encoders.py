@@ -2,9 +2,9 @@
 
 gigatoken encodes 300 to 700 MB/s of English per core, `tokenizers` 2 (`benchmarks/data.py`). Three
 things stand between it and a corpus. It has to give the same ids: `choose_encoder` compares them on
-a sample of the very input. It follows a newer Unicode: texts with characters that were no
-characters in Python's are left to `tokenizers`. And it keeps every word it has met, 7 GB for 1 GB of text whose words
-never repeat: `FastEncoder` is made anew when its process has grown by `CACHE_BYTES`.
+a sample of the very input. It follows a newer Unicode: texts with code points that are unassigned
+in Python's are left to `tokenizers`. And it keeps every word it has met, 7 GB for 1 GB of text
+whose words never repeat: `FastEncoder` is made anew when its process has grown by `CACHE_BYTES`.
 """
 
 import functools
