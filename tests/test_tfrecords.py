@@ -40,7 +40,8 @@ def write_folder(folder, rows, n_shards):
     )
     manifest = Manifest(
         format_version=FORMAT_VERSION, seq_len=seq_len, dtype=rows.dtype.name,
-        vocab_size=300, eot_id=299, tokenizer_sha256="0" * 64, sources=[{"source": "text"}], options={"n_files": None},
+        vocab_size=300, eot_id=299, tokenizer_sha256="0" * 64,
+        sources=[{"source": "text"}], options={"n_files": None},
         shards=shards, documents=3, text_bytes=99, words=20, line_ends=2,
         tokens=1 + size * n_shards * seq_len + 5, left_over_tokens=5, dropped_rows=0,
         duplicates=0, encoder={"name": "tokenizers"},
@@ -51,7 +52,7 @@ def write_folder(folder, rows, n_shards):
 
 @pytest.fixture
 def folder(tmp_path):
-    write_folder(tmp_path, random_rows(6, 8), n_shards=3)
+    write_folder(tmp_path, random_rows(6, 8) % 300, n_shards=3)
     return tmp_path
 
 
@@ -347,7 +348,7 @@ def test_what_is_missing_foreign_cut_or_of_another_tokenizer_is_named(folder):
 
 def test_a_record_changed_together_with_its_crc_is_found_by_the_sha256(folder):
     rows = open_rows(folder)[np.arange(2)]
-    rows[0, 0] ^= 1
+    rows[0, 0] = 299 - rows[0, 0]
     write_shard(folder / "0.tfrecord", rows)
     (problem,) = verify(folder)[1]
     assert "0.tfrecord: its sha256" in problem
@@ -358,3 +359,9 @@ def test_the_manifest_has_a_checksum_of_its_content(folder):
     path.write_text(path.read_text().replace('"words": 20', '"words": 21'))
     with pytest.raises(UserError, match=r"manifest\.json is damaged: its sha256 is not that"):
         read_manifest(folder)
+
+
+def test_a_token_beyond_the_vocabulary_is_found(folder):
+    write_folder(folder, random_rows(6, 8) % 301 | 300, n_shards=3)
+    assert all("2 damaged records (rows 0, 1)" in problem for problem in verify(folder)[1])
+    assert len(verify(folder)[1]) == 3
