@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import NonFiniteError, UserError
+from .errors import NonFiniteError
 
 SORTED_WINDOWS = 4096  # windows sorted by length at a time, so that batches hold little padding
 WIDTH_STEP = 16  # batches are padded to multiples of this: few shapes for a compiler
@@ -54,13 +54,9 @@ def cut_windows(tokens: np.ndarray, context: int, stride: int) -> Iterator[Windo
     The first window scores `context` tokens, each later one the next `stride`. Every window of a
     text longer than the context reads `context` tokens, the last one too: it reaches back. So
     stride = context is cheapest, and a token has at least context - stride + 1 tokens before it
-    (unless the text does not).
-
-    Raises:
-        UserError: stride is not from 1 to context.
+    (unless the text does not). 1 <= stride <= context.
     """
-    if not 1 <= stride <= context:
-        raise UserError(f"--stride {stride}: expected 1 to {context}, the context")
+    assert 1 <= stride <= context, (stride, context)
     end, last = min(context, len(tokens) - 1), len(tokens) - 1
     n_scored = end
     while n_scored > 0:
@@ -110,11 +106,6 @@ class TextTotals:
     tokens: int
     words: int
     text_bytes: int
-
-
-def count_words(text: str) -> int:
-    """Words as the literature counts them: separated by white space, and one for each line end."""
-    return len(text.split()) + text.count("\n")
 
 
 def text_nats(
@@ -193,7 +184,7 @@ def score_lambada(
     def windows() -> Iterator[Window]:
         for some in _batched(passages, SORTED_WINDOWS):
             contexts = encode([context for context, _ in some])
-            wholes = encode([f"{context} {word}".lstrip() for context, word in some])
+            wholes = encode([f"{context} {word}" for context, word in some])
             for context, whole in zip(contexts, wholes, strict=True):
                 n_scored = len(whole) - len(context)
                 tokens = whole if len(context) else np.array([end_of_text, *whole])
@@ -261,19 +252,19 @@ def _batched(items: Iterable, size: int) -> Iterator[list]:
 # --- tables --------------------------------------------------------------------------------------
 
 
-def table(rows: list[list[str]]) -> str:
-    """Rows of cells as aligned text; the first row is the heading, columns but the first right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+def table(rows: list[list[str]], left: Sequence[str] = ()) -> str:
+    """Rows of cells as aligned text; the first row is the heading. Columns are right-aligned but
+    the first and those whose heading is in `left`."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    is_left = [i == 0 or name in left for i, name in enumerate(rows[0])]
     lines = [
         "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
-            ]
-        )
+            cell.ljust(width) if to_left else cell.rjust(width)
+            for cell, width, to_left in zip(row, widths, is_left, strict=True)
+        ).rstrip()
         for row in rows
     ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def _exp(x: float) -> float:
