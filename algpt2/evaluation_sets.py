@@ -44,6 +44,7 @@ JSON_FILE, MARKDOWN_FILE = "evaluation.json", "evaluation.md"
 MARKDOWN_HEAD = "<!-- written by --eval_only from evaluation.json -->"
 TEXT_FILE = re.compile(r"\.(txt|raw|tokens|jsonl|parquet)(\.gz|\.zst)?$")
 TRAINING_FILE = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")
+EXAMPLES = ("lambada", "blimp")  # kinds that --n_eval_examples shortens
 AS_IT_IS = "as in the file"
 
 Scored = tuple[list["Measure"], dict[str, Any]]  # of one set: measures and details
@@ -217,7 +218,9 @@ def read_pairs(path: Path) -> Iterator[MinimalPair]:
         if missing:
             raise UserError(f"{path}, line {number}: no {', '.join(missing)}: not BLiMP's")
         levels = ("paradigm", "phenomenon", "field")
-        groups = [f"{level} {row[name]}" for level, name in zip(levels, names, strict=True)]
+        # One paradigm spells its field syntax/semantics, the others syntax_semantics.
+        values = [str(row[name]).replace("/", "_") for name in names]
+        groups = [f"{level} {value}" for level, value in zip(levels, values, strict=True)]
         yield MinimalPair(row["sentence_good"], row["sentence_bad"], ("all", *groups))
 
 
@@ -275,7 +278,7 @@ class Evaluator:
         folder = source_folder(options.model) or Path(str(options.model.checkpoint))
         self.facts = {
             "checkpoint": folder.resolve().name, "context": model.context, "stride": self.stride,
-            "precision": precision, "n_eval_examples": options.eval.n_eval_examples,
+            "precision": precision,
         }  # fmt: skip
 
     def evaluate(self, one: EvalSet) -> Evaluation:
@@ -288,8 +291,10 @@ class Evaluator:
         change = DETOKENIZERS[detokenizer] if detokenizer else str
         with Progress(f"evaluate {one.name}", unit=" tokens") as progress:
             measures, details = score(one, change, progress.update)
+        n_examples = self.options.eval.n_eval_examples if one.kind in EXAMPLES else None
         return Evaluation(
-            set=one.name, sha256=fingerprint(one), measures=tuple(measures), details=details,
+            set=one.name, sha256=fingerprint(one), n_eval_examples=n_examples,
+            measures=tuple(measures), details=details,
             text=f"{detokenizer} detokenizer" if detokenizer else AS_IT_IS, **self.facts,
         )  # fmt: skip
 
@@ -439,15 +444,14 @@ def result_table(evaluations: Sequence[Evaluation]) -> str:
     lines = [["set", "measure", "value", "unit", "over", "text"]]
     for one in evaluations:
         for i, measure in enumerate(one.measures):
-            name, text = (one.set, one.text) if i == 0 else ("", "")
+            name, text = (_set_name(one), one.text) if i == 0 else ("", "")
             lines.append(
                 [name, measure.name, show(measure.value), measure.unit, measure.over, text]
             )
-    limit = f", first {facts.n_eval_examples:,} examples" if facts.n_eval_examples else ""
     return (
         f"{table(lines, left='set measure unit over text'.split())}\n"
         f"{facts.checkpoint}, context {facts.context}, stride {facts.stride}, matrix products in"
-        f" {facts.precision}{limit}; each token scored once, words and bytes are the file's"
+        f" {facts.precision}; each token scored once, words and bytes are the file's"
     )
 
 
@@ -458,14 +462,17 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
         "--- --- --- ---: ---: --- --- ---: --- ---".split(),
     ]
     for one in evaluations:
-        limit = f", first {one.n_eval_examples:,}" if one.n_eval_examples else ""
         for measure in one.measures:
             lines.append([
-                one.checkpoint, one.set + limit, one.text, str(one.context), str(one.stride),
+                one.checkpoint, _set_name(one), one.text, str(one.context), str(one.stride),
                 one.precision, measure.name, show(measure.value), measure.unit, measure.over,
             ])  # fmt: skip
     rows = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"{MARKDOWN_HEAD}\n\n{rows}\n"
+
+
+def _set_name(one: Evaluation) -> str:
+    return f"{one.set}, first {one.n_eval_examples:,}" if one.n_eval_examples else one.set
 
 
 def show(value: float) -> str:
