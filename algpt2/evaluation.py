@@ -224,10 +224,10 @@ def score_blimp(
     """Group -> (share of its pairs whose good sentence is the likelier one, number of pairs).
 
     Whole sentences are compared (the "simple LM method" of arXiv:1912.00582), each behind
-    end-of-text; a tie is not a hit.
+    end-of-text and a space, as lm-evaluation-harness has them. A tie is not a hit.
     """
     pairs = list(pairs)
-    sentences = [sentence for pair in pairs for sentence in (pair.good, pair.bad)]
+    sentences = [f" {sentence}" for pair in pairs for sentence in (pair.good, pair.bad)]
 
     def windows() -> Iterator[Window]:
         for some in _batched(sentences, SORTED_WINDOWS):
