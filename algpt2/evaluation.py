@@ -73,6 +73,8 @@ def score_windows(
 
     Args:
         tick: called with the number of tokens scored.
+    Raises:
+        NonFiniteError: a log-probability is NaN or infinite.
     """
     windows = iter(windows)
     while some := list(itertools.islice(windows, SORTED_WINDOWS)):
@@ -91,6 +93,8 @@ def score_windows(
                 end = len(some[i].tokens) - 1
                 scored = slice(end - some[i].n_scored, end)
                 results[i] = log_probs[row, scored].astype(np.float64), is_likeliest[row, scored]
+                if not np.isfinite(results[i][0]).all():
+                    raise NonFiniteError("a token's log-probability is not finite")
             tick(sum(some[i].n_scored for i in batch))
         yield from results
 
@@ -117,8 +121,6 @@ def text_nats(
     Args:
         texts: token ids (n,) each; the first is context only, so begin with end-of-text to have
             every token of a text scored.
-    Raises:
-        NonFiniteError: the model's numbers are not finite.
     """
     n_tokens = 0
     sums = []
@@ -128,10 +130,7 @@ def text_nats(
     for log_probs, _ in score_windows(model, windows, tick):
         n_tokens += len(log_probs)
         sums.append(-log_probs.sum())
-    nats = math.fsum(sums)
-    if not math.isfinite(nats):
-        raise NonFiniteError(f"the negative log-likelihood of the text is {nats}")
-    return nats, n_tokens
+    return math.fsum(sums), n_tokens
 
 
 def text_metrics(loss: float, totals: TextTotals) -> dict[str, float]:

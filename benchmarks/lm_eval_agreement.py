@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import tyro
@@ -101,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_tasks(folder / "sets", folder / "tasks", paradigms)
         ours = run_ours(model, folder / "sets")
         theirs = run_lm_eval(model, folder, paradigms)
+    path = ROOT / "benchmarks" / "results" / "lm_eval_agreement.json"
+    write_json(path, {"lm_eval": version("lm_eval"), "ours": ours, "theirs": theirs})
     lines, is_equal = [["", "train_pt.py", "lm_eval", "rel. difference"]], True
     for name, value in theirs.items():
         difference = abs(ours[name] - value) / max(abs(value), 1e-9)

@@ -116,10 +116,11 @@ def test_nats_are_the_sum_over_all_texts():
     assert nats == pytest.approx(-sum(table.table[step] for step in steps), rel=1e-12)
 
 
-def test_a_loss_that_is_not_finite_is_an_error():
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_number_that_is_not_finite_is_an_error(value):
     table = Bigrams()
-    table.table[1, 2] = -np.inf
-    with pytest.raises(NonFiniteError, match="inf"):
+    table.table[1, 2] = value
+    with pytest.raises(NonFiniteError, match="not finite"):
         text_nats(table.model(), [np.array([0, 1, 2])], stride=8)
 
 
