@@ -10,6 +10,7 @@ WIKITEXT = {
     " = Homarus gammarus = ": "= Homarus gammarus =",
     "I don 't know ; it 's Linnaeus ' idea": "I don't know; it's Linnaeus' idea",
     "the ' anti lodgment ' board was ' blue ' ?": "the 'anti lodgment' board was 'blue'?",
+    "the Rhymers ' Club , then the ' blue ' one": "the Rhymers' Club, then the 'blue' one",
     'he said " yes " , then " no " .': 'he said "yes", then "no".',
     "in 2011 – 12 , at 3 : 05 , 90 km / h and $ 2 million": "in 2011–12, at 3:05, 90 km/h and $2 million",  # noqa: E501
     "( 15 July 1914 – 23 December 1998 )": "(15 July 1914 – 23 December 1998)",

@@ -317,9 +317,9 @@ def test_evaluations_add_up_and_the_same_one_is_replaced(run, bench):
     evaluate(run, f"--eval_sets={text}")
     first = records(run)
     evaluate(run, f"--eval_sets={text}", "--stride=4")
-    evaluate(run, f"--eval_sets={text}", "--seq_len=16")
+    evaluate(run, f"--eval_sets={text}", "--stride=4", "--seq_len=16")
     evaluate(run, f"--eval_sets={text}")
-    assert [(r["context"], r["stride"]) for r in records(run)] == [(32, 4), (16, 16), (32, 32)]
+    assert [(r["context"], r["stride"]) for r in records(run)] == [(32, 4), (16, 4), (32, 32)]
     assert records(run)[-1:] == first
 
 
@@ -372,4 +372,4 @@ def test_two_processes_give_the_numbers_of_one(run, bench, tmp_path):
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     one, two = ([m["value"] for r in records(f) for m in r["measures"]] for f in (run, other))
-    assert two == pytest.approx(one, rel=1e-6)
+    assert two == pytest.approx(one, rel=1e-4)  # word ppl: the rounding of some 20 nats, in exp
