@@ -9,7 +9,7 @@ import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -133,6 +133,8 @@ class ModelOptions:
     config: str | None = None  # config name or folder; default: algpt2-tiny
     checkpoint: str | None = None  # folder of a run, a checkpoint, any causal LM, or hub name
     from_scratch: bool = False  # random weights (implied without --checkpoint)
+    init_from: str | None = None  # GPT-2 or ALGPT2 checkpoint that starts --config (SVD, means)
+    init_blocks: tuple[str, ...] | None = None  # mean, first, last or layers; default: mean
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third slower
 
 
@@ -219,8 +221,21 @@ class TrainOptions:
         check_positive(self.sample, "n_samples", "max_length", "temperature", "sliding_window_size")
         if self.optim.fp16 and self.optim.precision not in ("auto", "fp16"):
             raise UserError(f"--fp16 contradicts --precision {self.optim.precision}: drop one")
+        if self.model.init_from and (self.model.checkpoint or self.model.from_scratch):
+            raise UserError("--init_from and --checkpoint or --from_scratch: expected one of them")
         if (self.eval_only or self.sample_only) and not self.model.checkpoint:
             raise UserError("--eval_only and --sample_only need --checkpoint FOLDER")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write an ALGPT2 checkpoint as a stock GPT-2 with the same logits."""
+
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """folder of a run or of a checkpoint"""
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]  # folder to write
+    overwrite: bool = False  # replace the files of an earlier export
+    debug: bool = False  # a traceback with every error
 
 
 @dataclass(frozen=True)

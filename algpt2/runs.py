@@ -24,7 +24,8 @@ LR_FROM_SCRATCH, LR_FINETUNE = 1e-3, 5e-5
 
 
 def choose_tokenizer(data: DataOptions, model: ModelOptions) -> TextTokenizer:
-    """`--tokenizer`, else that of the checkpoint or config folder, else the packaged one.
+    """`--tokenizer`, else that of `--checkpoint`, `--init_from` or the config, else the packaged
+    one.
 
     Raises:
         UserError: unknown config, checkpoint or tokenizer, or one that does not fit the other:
@@ -35,6 +36,9 @@ def choose_tokenizer(data: DataOptions, model: ModelOptions) -> TextTokenizer:
         tokenizer = load_tokenizer(data.tokenizer)
     elif folder is None:
         tokenizer = load_tokenizer(str(model.checkpoint))
+    elif model.init_from:
+        start = Path(model.init_from)
+        tokenizer = load_tokenizer(str(find_checkpoint(start, log) if start.is_dir() else start))
     elif any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         tokenizer = load_tokenizer(str(folder))
     else:

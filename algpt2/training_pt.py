@@ -34,6 +34,7 @@ from .checkpoints import (
     prune_checkpoints,
     write_checkpoint,
 )
+from .convert_pt import start_model
 from .errors import NonFiniteError, UserError, describe
 from .evaluation import text_metrics
 from .modeling_algpt2 import ALGPT2LMHeadModel
@@ -158,7 +159,8 @@ def keep_freed_memory() -> None:
 
 
 def build_model(options: ModelOptions, tokenizer: TextTokenizer, seq_len: int | None) -> nn.Module:
-    """The model of `--config` with random weights or that of `--checkpoint`, in float32 on the CPU.
+    """The model of `--config` with random weights or the start that `--init_from` gives, or that
+    of `--checkpoint`, in float32 on the CPU.
 
     Raises:
         UserError: unknown config or checkpoint, vocabulary or seq_len that does not fit.
@@ -175,6 +177,8 @@ def build_model(options: ModelOptions, tokenizer: TextTokenizer, seq_len: int | 
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if options.init_from:
+            start_model(model, options.init_from, options.init_blocks or ("mean",))
     except UserError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
@@ -369,7 +373,9 @@ def build_trainer(
     """Model and optimizer of a new run, or in the state of `checkpoint`."""
     source = options.model
     if checkpoint:
-        source = replace(source, checkpoint=str(checkpoint.folder), from_scratch=False)
+        source = replace(
+            source, checkpoint=str(checkpoint.folder), from_scratch=False, init_from=None
+        )
     torch.manual_seed(options.optim.seed)
     model = build_model(source, tokenizer, rows.manifest.seq_len).to(processes.device)
     optimizers = build_optimizer(model, options.optim, peak_lr(options.optim, options.model))
