@@ -41,7 +41,7 @@ def gpt2_config(config: Any) -> dict[str, Any]:
     untied = config.is_factorized or not config.tie_word_embeddings
     return {key: getattr(config, key) for key in GPT2_KEYS} | {
         "tie_word_embeddings": not untied, "architectures": ["GPT2LMHeadModel"],
-        "dtype": "float32",
+        "dtype": "float32", "n_ctx": config.n_positions,
     }  # fmt: skip
 
 
