@@ -117,7 +117,7 @@ def with_onnxruntime(folder: Path, prompts: list[Ids], options: Options) -> list
     length = torch.export.Dim("length", min=2, max=model.config.n_positions)
     with contextlib.redirect_stdout(io.StringIO()):
         program = torch.onnx.export(
-            LogitsOnly(model), (torch.tensor([prompts[0]]),), dynamo=True,
+            logits_only(model), (torch.tensor([prompts[0]]),), dynamo=True,
             input_names=["input_ids"], output_names=["logits"],
             dynamic_shapes={"input_ids": {1: length}},
         )  # fmt: skip
@@ -180,7 +180,7 @@ def convert_to_gguf(source: Path, folder: Path) -> None:
         sys.argv = before
 
 
-def LogitsOnly(model: object) -> object:  # noqa: N802  (a class made where torch is there)
+def logits_only(model: object) -> object:
     """`model` with ids in and logits out: no cache among the inputs and outputs of the graph."""
     import torch
 
