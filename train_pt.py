@@ -29,11 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def train(options: TrainOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
-    from algpt2 import report, runs, training_pt
-    from algpt2.checkpoints import newest_checkpoint
+    from algpt2 import model_card, report, runs, training_pt
+    from algpt2.checkpoints import find_checkpoint, newest_checkpoint
 
     # 1. Processes, tokenizer and data
     processes = training_pt.start_processes(options)
+    model_card.check_hub(options.report.push_to_hub)
     tokenizer = runs.choose_tokenizer(options.data, options.model)
     seq_len = runs.choose_seq_len(options.data, options.model)
     with processes.main_first():
@@ -55,22 +56,26 @@ def train(options: TrainOptions) -> int | None:
         )
         run |= runs.describe_model(trainer.model, seq_len)
         report.log(runs.summary(run, trainer.step))
-        if trainer.step >= n_steps:
-            return None
 
         # 4. Train
-        with report.RunReport(save_dir, run, trainer.step, options.report) as run_report:
-            hooks = training_pt.make_hooks(trainer, tokenizer, val_rows, run, run_report)
-            done = training_pt.fit(trainer, hooks)
+        done = trainer.step >= n_steps
+        if not done:
+            with report.RunReport(save_dir, run, trainer.step, options.report) as run_report:
+                hooks = training_pt.make_hooks(trainer, tokenizer, val_rows, run, run_report)
+                done = training_pt.fit(trainer, hooks)
     report.log(f"{'done' if done else 'stopped'} at step {trainer.step}: {save_dir}")
-    return None if done else EXIT_STOPPED
+    if not done:
+        return EXIT_STOPPED
+    model_card.push_to_hub(find_checkpoint(save_dir), options.report.push_to_hub)
+    return None
 
 
 def evaluate_only(options: TrainOptions) -> None:
     """Print and save one table of loss, perplexities and bits per byte of a checkpoint."""
-    from algpt2 import report, runs, training_pt
+    from algpt2 import model_card, report, runs, training_pt
 
     processes = training_pt.start_processes(options)
+    model_card.check_hub(options.report.push_to_hub)
     tokenizer = runs.choose_tokenizer(options.data, options.model)
     model = training_pt.build_model(options.model, tokenizer, None).to(processes.device)
     seq_len = runs.choose_seq_len(options.data, options.model, trains=False)
@@ -82,6 +87,9 @@ def evaluate_only(options: TrainOptions) -> None:
         loss = training_pt.evaluate(model, rows, processes, batch_size, tick=progress.update)
     if processes.rank == 0:
         report.log(runs.write_evaluation(options, rows, tokenizer, loss))
+        if folder := runs.source_folder(options.model):
+            model_card.update_card(folder)
+            model_card.push_to_hub(folder, options.report.push_to_hub)
 
 
 def sample_only(options: TrainOptions) -> None:

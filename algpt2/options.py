@@ -178,6 +178,7 @@ class ReportOptions:
     max_minutes: float | None = None  # save and stop after this time; the same command continues
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
     tags: tuple[str, ...] = ()  # W&B tags
+    push_to_hub: str | None = None  # upload the last checkpoint as this private model of the hub
 
 
 @dataclass(frozen=True)
