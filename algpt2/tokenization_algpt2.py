@@ -187,11 +187,13 @@ def _config(tokenizer_class: str, end_of_text: str, codes: Sequence[str] = ()) -
         "bos_token": end_of_text,
         "clean_up_tokenization_spaces": False,
         "eos_token": end_of_text,
-        "extra_special_tokens": [code for code in codes if code != end_of_text],
         "model_max_length": MODEL_MAX_LENGTH,
         "tokenizer_class": tokenizer_class,
         "unk_token": end_of_text,
     }
+    # transformers 4 takes no list, not even an empty one.
+    if extra := [code for code in codes if code != end_of_text]:
+        config["extra_special_tokens"] = extra
     return json.dumps(config, indent=2) + "\n"
 
 
