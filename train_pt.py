@@ -58,6 +58,8 @@ def train(options: TrainOptions) -> int | None:
         report.log(runs.summary(run, trainer.step))
 
         # 4. Train
+        if runs.starts_from_weights(options.model) and "before" not in run:
+            run["before"] = training_pt.validate(trainer, val_rows)
         done = trainer.step >= n_steps
         if not done:
             with report.RunReport(save_dir, run, trainer.step, options.report) as run_report:
@@ -66,6 +68,7 @@ def train(options: TrainOptions) -> int | None:
     report.log(f"{'done' if done else 'stopped'} at step {trainer.step}: {save_dir}")
     if not done:
         return EXIT_STOPPED
+    report.log(runs.before_and_after(run, save_dir))
     model_card.push_to_hub(find_checkpoint(save_dir), options.report.push_to_hub)
     return None
 
@@ -100,7 +103,13 @@ def sample_only(options: TrainOptions) -> None:
     processes = training_pt.start_processes(options)
     tokenizer = runs.choose_tokenizer(options.data, options.model)
     model = training_pt.build_model(options.model, tokenizer, None).to(processes.device)
-    texts = sample_texts(model, tokenizer, options.sample, options.optim.seed)
+    code, sample = (options.data.control_codes or (None,))[0], options.sample
+    if sample.n_samples == 1:  # as it comes
+        report.log("--- sample 1 of 1")
+        sample_texts(model, tokenizer, sample, options.optim.seed, code=code, write=report.write)
+        report.log("\n")
+        return
+    texts = sample_texts(model, tokenizer, sample, options.optim.seed, code=code)
     for i, text in enumerate(texts, start=1):
         report.log(f"--- sample {i} of {len(texts)}\n{text}\n")
 

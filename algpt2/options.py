@@ -120,7 +120,8 @@ class DataOptions:
     val_path: tuple[str, ...] = ("docs:valid",)  # the same for evaluation
     tokenizer: str | None = None  # folder or name; default: the checkpoint's, or algpt2-tokenizer
     seq_len: int | None = None  # tokens per row; default: that of the shards, or n_positions
-    use_control_codes: bool = True  # each document starts with <|endoftext|> (text input)
+    use_control_codes: bool = True  # each document starts with a control code (text input)
+    control_codes: tuple[str, ...] | None = None  # one, or one per train_path; new ones are added
     line_by_line: bool = False  # each line is a document (text input)
     text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
     n_eval_rows: int | None = None  # rows of each evaluation during training; the last takes all

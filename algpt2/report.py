@@ -105,6 +105,12 @@ def log(message: str = "") -> None:
         sys.stdout.flush()
 
 
+def write(text: str) -> None:
+    """Print a piece of a text on process 0, at once."""
+    if is_main_process():
+        print(text, end="", flush=True)
+
+
 # --- the folder of a run -------------------------------------------------------------------------
 
 NOT_OF_THE_RUN = {  # options that may change between two starts of the same run
@@ -208,6 +214,7 @@ def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, 
         changes = changed_options(before["options"], run["options"], NOT_OF_THE_RUN)
         changes += changed_options(before["data"], run["data"])
         kept = {"created": before["created"], "wandb_id": before["wandb_id"]}
+        kept |= {"before": before["before"]} if "before" in before else {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is damaged: move it away, or choose another --save_dir") from None
     if changes:

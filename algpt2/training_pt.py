@@ -179,6 +179,8 @@ def build_model(options: ModelOptions, tokenizer: TextTokenizer, seq_len: int | 
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         if options.init_from:
             start_model(model, options.init_from, options.init_blocks or ("mean",))
+        if tokenizer.vocab_size > model.config.vocab_size:
+            add_embeddings(model, tokenizer.vocab_size)
     except UserError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
@@ -186,6 +188,15 @@ def build_model(options: ModelOptions, tokenizer: TextTokenizer, seq_len: int | 
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model
+
+
+@torch.no_grad()
+def add_embeddings(model: nn.Module, vocab_size: int) -> None:
+    """Rows for new control codes in both token tables: the mean of those that are there."""
+    n_before = model.config.vocab_size
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        table.weight[n_before:] = table.weight[:n_before].mean(0)
 
 
 # --- optimizer -----------------------------------------------------------------------------------
@@ -465,6 +476,13 @@ def evaluate(
     return (processes.mean(total) * processes.count / len(ids)).item()
 
 
+def validate(trainer: Trainer, rows: PackedRows, n_rows: int | None = None) -> dict[str, float]:
+    """`val_loss` and what follows from it, of the model as it is now."""
+    batch_size = trainer.options.optim.batch_size
+    loss = evaluate(trainer.model, rows, trainer.processes, batch_size, n_rows)
+    return text_metrics(loss, text_totals(rows.manifest))
+
+
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
@@ -547,18 +565,13 @@ def make_hooks(
     def tick(loss: float) -> None:
         report.progress.update(1, f"loss {loss:.3f}")
 
-    def validate(last: bool) -> dict[str, float]:
-        n_rows = None if last else options.data.n_eval_rows
-        batch_size = options.optim.batch_size
-        loss = evaluate(model, val_rows, trainer.processes, batch_size, n_rows)
-        return text_metrics(loss, text_totals(val_rows.manifest))
-
     def save() -> None:
         save_state(trainer, tokenizer, {key: run[key] for key in ("options", "data", "versions")})
 
     def sample() -> None:
         if trainer.processes.rank == 0:
-            texts = sample_texts(model, tokenizer, options.sample, options.optim.seed)
+            code = (options.data.control_codes or (None,))[0]
+            texts = sample_texts(model, tokenizer, options.sample, options.optim.seed, code=code)
             report.samples(trainer.step, options.sample.prompt, texts)
 
     def histograms() -> None:
@@ -569,7 +582,10 @@ def make_hooks(
                 arrays[f"gradients/{name}"] = p.grad.float().cpu().numpy()
         report.histograms(trainer.step, arrays)
 
-    return Hooks(tick, report.metrics, validate, save, sample, histograms)
+    def evaluate_now(last: bool) -> dict[str, float]:
+        return validate(trainer, val_rows, None if last else options.data.n_eval_rows)
+
+    return Hooks(tick, report.metrics, evaluate_now, save, sample, histograms)
 
 
 def fit(trainer: Trainer, hooks: Hooks) -> bool:

@@ -251,7 +251,7 @@ def test_sampling_slides_past_the_context(config_folder, tokenizer_folder):
     model.lm_head.weight.data[299] = 0  # tied: an end-of-text that is not likely
     tokenizer = load_tokenizer(str(tokenizer_folder))
     options = SampleOptions(prompt="the", do_sample=False, n_samples=1, max_length=80)
-    (tokens,) = sample_tokens(model, tokenizer, options)
+    (tokens,) = sample_tokens(model, tokenizer, options, tokenizer.eot_id)
     assert len(tokens) == 80
     # Greedy tokens within the first context are those of the bare model.
     text = [299, *tokens[:31]]
