@@ -58,7 +58,8 @@ def train(options: TrainOptions) -> int | None:
         report.log(runs.summary(run, trainer.step))
 
         # 4. Train
-        if runs.starts_from_weights(options.model) and "before" not in run:
+        fresh = trainer.step == 0 and "before" not in run
+        if fresh and runs.starts_from_weights(options.model):
             run["before"] = training_pt.validate(trainer, val_rows)
         done = trainer.step >= n_steps
         if not done:
