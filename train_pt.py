@@ -58,18 +58,17 @@ def train(options: TrainOptions) -> int | None:
         report.log(runs.summary(run, trainer.step))
 
         # 4. Train
-        fresh = trainer.step == 0 and "before" not in run
-        if fresh and runs.starts_from_weights(options.model):
-            run["before"] = training_pt.validate(trainer, val_rows)
+        run |= training_pt.measure_start(trainer, val_rows, run)
         done = trainer.step >= n_steps
         if not done:
             with report.RunReport(save_dir, run, trainer.step, options.report) as run_report:
                 hooks = training_pt.make_hooks(trainer, tokenizer, val_rows, run, run_report)
                 done = training_pt.fit(trainer, hooks)
+                run_report.artifact(find_checkpoint(save_dir))
     report.log(f"{'done' if done else 'stopped'} at step {trainer.step}: {save_dir}")
     if not done:
         return EXIT_STOPPED
-    report.log(runs.before_and_after(run, save_dir))
+    runs.log_before_and_after(run, save_dir)
     model_card.push_to_hub(find_checkpoint(save_dir), options.report.push_to_hub)
     return None
 
@@ -92,8 +91,7 @@ def evaluate_only(options: TrainOptions) -> None:
     if processes.rank == 0:
         report.log(runs.write_evaluation(options, rows, tokenizer, loss))
         if folder := runs.source_folder(options.model):
-            model_card.update_card(folder)
-            model_card.push_to_hub(folder, options.report.push_to_hub)
+            model_card.publish_evaluation(folder, options.report)
 
 
 def sample_only(options: TrainOptions) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 from .checkpoints import CARD_FILE, STATE_FILE, checkpoint_folders, write_json
 from .errors import UserError
-from .report import METRICS_FILE, RUN_FILE, is_main_process, log, read_json_lines
+from .options import ReportOptions
+from .report import METRICS_FILE, RUN_FILE, is_main_process, log, read_json_lines, send_table
 
 EVALUATION_FILE = "evaluation.json"
 CARD_HEAD = "<!-- written from run.json; --eval_only and the next checkpoint write it again -->"
@@ -28,6 +29,7 @@ AUTO_MAP = {
 }
 # Of the run, not of the model: an upload has neither.
 NOT_UPLOADED = ("optimizer*", STATE_FILE, ".*")
+MEASURE_COLUMNS = ["text", "measure", "value", "unit"]
 VAL_METRICS = {
     "val_loss": ("loss", "nats per token"),
     "val_ppl": ("perplexity", "per token"),
@@ -81,19 +83,31 @@ def update_card(folder: Path) -> None:
         write_card(folder, save_dir, int(folder.name.rpartition("-")[2]))
 
 
+def publish_evaluation(folder: Path, report: ReportOptions) -> None:
+    """Carry what `--eval_only` measured on a checkpoint on: into its card, to W&B, to the hub."""
+    save_dir = folder.parent
+    update_card(folder)
+    if folder in checkpoint_folders(save_dir) and (save_dir / RUN_FILE).is_file():
+        measures = evaluation_measures(save_dir / EVALUATION_FILE, folder.name)
+        send_table(save_dir, report, "evaluation", MEASURE_COLUMNS, measures)
+    push_to_hub(folder, report.push_to_hub)
+
+
 def validation_measures(run: dict[str, Any], line: dict[str, Any]) -> Iterable[list[str]]:
-    """Rows (set, measure, value, unit) of the last evaluation during training."""
+    """Rows (text, measure, value, unit) of the last evaluation during training."""
     name = " ".join(map(shown, run["options"]["data"]["val_path"]))
     rows = run["options"]["data"].get("n_eval_rows")
     last = line["step"] >= run["steps"]
+    before = [(f"{name}, before training", run["before"])] if "before" in run else []
     name += "" if last or not rows else f" ({rows} rows)"
-    for key, (measure, unit) in VAL_METRICS.items():
-        if key in line:
-            yield [f"{name}, step {line['step']:,}", measure, f"{line[key]:.4f}", unit]
+    for text, values in (*before, (f"{name}, step {line['step']:,}", line)):
+        for key, (measure, unit) in VAL_METRICS.items():
+            if key in values:
+                yield [text, measure, f"{values[key]:.4f}", unit]
 
 
 def evaluation_measures(path: Path, checkpoint: str) -> list[list[str]]:
-    """Rows (set, measure, value, unit) of what `--eval_only` measured on this checkpoint."""
+    """Rows (text, measure, value, unit) of what `--eval_only` measured on this checkpoint."""
     try:
         records = json.loads(path.read_text(encoding="utf-8"))["evaluations"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -130,8 +144,7 @@ def card_text(name: str, run: dict[str, Any], step: int, measures: list[list[str
         f"## Training\n\n{markdown_table(['', ''], training_facts(run, step))}",
     ]  # fmt: skip
     if measures:
-        heading = ["text", "measure", "value", "unit"]
-        parts.append(f"## Evaluation\n\n{markdown_table(heading, measures)}")
+        parts.append(f"## Evaluation\n\n{markdown_table(MEASURE_COLUMNS, measures)}")
     return "\n\n".join(parts) + "\n"
 
 

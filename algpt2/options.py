@@ -178,6 +178,7 @@ class ReportOptions:
     milestone_steps: int | None = None  # checkpoints at multiples of this are kept for ever
     max_minutes: float | None = None  # save and stop after this time; the same command continues
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
+    wandb_artifacts: bool = False  # the last checkpoint of the run as a W&B artifact, too
     tags: tuple[str, ...] = ()  # W&B tags
     push_to_hub: str | None = None  # upload the last checkpoint as this private model of the hub
 

@@ -231,18 +231,18 @@ def starts_from_weights(model: ModelOptions) -> bool:
     return bool(model.init_from or (model.checkpoint and not model.from_scratch))
 
 
-def before_and_after(run: dict[str, Any], save_dir: Path) -> str:
-    """Table of the validation text before the first step and after the last; empty without."""
+def log_before_and_after(run: dict[str, Any], save_dir: Path) -> None:
+    """Print a table of the validation text before the first step and after the last, if known."""
     last = [x for x in read_json_lines(save_dir / METRICS_FILE) if "val_loss" in x][-1:]
     if not last or not run.get("before"):
-        return ""
+        return
     heading = ["", "loss (nats/token)", "ppl", "word ppl", "bits/byte"]
     lines = [heading]
     for name, values in (("before", run["before"]), (f"after {last[0]['step']:,} steps", last[0])):
         numbers = (values[key] for key in ("val_loss", "val_ppl", "val_word_ppl", "val_bpb"))
         formats = (".4f", ".2f", ".2f", ".4f")
         lines.append([name, *(format(x, f) for x, f in zip(numbers, formats, strict=True))])
-    return table(lines)
+    log(table(lines))
 
 
 def peak_lr(optim: OptimOptions, model: ModelOptions) -> float:

@@ -13,6 +13,7 @@ import train_pt
 from algpt2 import model_card
 from algpt2.checkpoints import newest_checkpoint, read_checkpoint
 from algpt2.errors import UserError
+from algpt2.options import ReportOptions
 
 EVALUATION = {
     "checkpoint": "runs/run/checkpoint-00000002", "set": "ptb.test", "sha256": "0",
@@ -104,15 +105,18 @@ def test_the_card_says_what_run_json_and_the_metrics_say(run):
         assert str(run.parent) not in body  # cards are public, folders of this machine are not
 
 
-def test_an_evaluation_gets_into_the_card_and_damages_nothing(run):
+def test_an_evaluation_gets_into_the_card_and_damages_nothing(run, monkeypatch):
     folder, path = run / "checkpoint-00000002", run / "evaluation.json"
     other = EVALUATION | {"checkpoint": "checkpoint-00000001", "set": "another"}
     path.write_text(json.dumps({"evaluations": [EVALUATION, other]}))
     before = (folder / "README.md").read_text()
-    model_card.update_card(folder)
+    sent = []
+    monkeypatch.setattr(model_card, "send_table", lambda *args: sent.append(args))
+    model_card.publish_evaluation(folder, ReportOptions())
+    cells = ["ptb.test, as it is, context 32", "ppl, words", "35.1250", "per word (82,430 words)"]
+    assert sent == [(run, ReportOptions(), "evaluation", model_card.MEASURE_COLUMNS, [cells])]
     after = (folder / "README.md").read_text()
-    line = "| ptb.test, as it is, context 32 | ppl, words | 35.1250 | per word (82,430 words) |\n"
-    assert after == before + line
+    assert after == f"{before}| {' | '.join(cells)} |\n"
     path.unlink()
     read_checkpoint(folder)
     assert newest_checkpoint(run).step == 2
