@@ -90,6 +90,8 @@ def test_documents_of_a_path_start_with_its_code(corpus, tokenizer):
         ids = np.concatenate([part[0][:1], *(row[1:] for row in part[np.arange(len(part))])])
         expected = [longer.token_to_id(code), *longer.encode_batch([path.read_text()])[0]]
         assert ids.tolist() == expected[: len(ids)]
+    other = runs.open_or_pack(paths[:1], DataOptions(control_codes=CODES[1:]), longer, 16)
+    assert (other[0][0], alone[0][0][0]) == (301, 300)
     both, manifest = [part.manifest for part in alone], rows.manifest
     for name in ("words", "text_bytes", "tokens", "documents", "line_ends", "n_rows"):
         assert getattr(manifest, name) == sum(getattr(m, name) for m in both)
@@ -128,6 +130,8 @@ def test_finetuning_adds_codes_compares_and_continues(flags, two_texts, tmp_path
     assert not torch.equal(tuned.transformer.wte.weight[:300], base.transformer.wte.weight)
     assert load_tokenizer(str(run / "checkpoint-00000004")).token_to_id("<|code|>") == 301
     described = json.loads((run / "run.json").read_text())
+    stopped = json.loads((tmp_path / "stopped" / "run.json").read_text())
+    assert stopped["before"] == described["before"]
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["val_loss"] < described["before"]["val_loss"]
     lines = [line.split() for line in table.splitlines()]

@@ -102,6 +102,9 @@ def test_the_card_says_what_run_json_and_the_metrics_say(run):
         assert f"{described['parameters']:,} parameters" in body
         assert f"| steps | {step} of 2 |" in body
         assert f"| valid, step {step} | loss | {lines[step - 1]['val_loss']:.4f} |" in body
+        written = (run / f"checkpoint-{step:08}" / "README.md").read_text()
+        model_card.update_card(run / f"checkpoint-{step:08}")
+        assert (run / f"checkpoint-{step:08}" / "README.md").read_text() == written
         assert str(run.parent) not in body  # cards are public, folders of this machine are not
 
 
