@@ -5,6 +5,7 @@
         --batch_size 32 --grad_steps 16 --lr 1e-3 --lr_schedule cosine --warmup_steps 2000
     torchrun --nproc_per_node 8 train_pt.py ...               # 8 GPUs, the same global batch
     python3 train_pt.py --checkpoint runs/train --eval_only --val_path text.txt
+    python3 train_pt.py --checkpoint runs/train --eval_only --eval_sets data/bench --stride 128
     python3 train_pt.py --checkpoint runs/train --sample_only --prompt "The"
 
 Repeat a command and the run continues where it stopped; a finished run says so.
@@ -74,24 +75,30 @@ def train(options: TrainOptions) -> int | None:
 
 
 def evaluate_only(options: TrainOptions) -> None:
-    """Print and save one table of loss, perplexities and bits per byte of a checkpoint."""
-    from algpt2 import model_card, report, runs, training_pt
+    """Print and save one table of what a checkpoint scores on --val_path or --eval_sets."""
+    from algpt2 import evaluation_sets, model_card, report, runs, training_pt
+    from algpt2.evaluation_pt import evaluation_model
 
     processes = training_pt.start_processes(options)
     model_card.check_hub(options.report.push_to_hub)
     tokenizer = runs.choose_tokenizer(options.data, options.model)
-    model = training_pt.build_model(options.model, tokenizer, None).to(processes.device)
-    seq_len = runs.choose_seq_len(options.data, options.model, trains=False)
-    runs.check_model_fits(model.config.to_dict(), tokenizer, seq_len, exact=False)
+    results = evaluation_sets.ResultFiles(runs.result_folder(options.model))
     with processes.main_first():
-        rows = runs.open_or_pack(options.data.val_path, options.data, tokenizer, seq_len)
-    with report.Progress("evaluate", total=len(rows), unit="row") as progress:
-        batch_size = options.optim.batch_size
-        loss = training_pt.evaluate(model, rows, processes, batch_size, tick=progress.update)
-    if processes.rank == 0:
-        report.log(runs.write_evaluation(options, rows, tokenizer, loss))
-        if folder := runs.source_folder(options.model):
-            model_card.publish_evaluation(folder, options.report)
+        seq_len, sets = evaluation_sets.choose_sets(options, tokenizer)
+    model = training_pt.build_model(options.model, tokenizer, seq_len).to(processes.device)
+    evaluator = evaluation_sets.Evaluator(
+        evaluation_model(model, processes, seq_len, options.optim.batch_size),
+        tokenizer, options, precision=str(processes.dtype).removeprefix("torch."),
+    )  # fmt: skip
+    evaluations = []
+    for one in sets:
+        evaluations.append(evaluator.evaluate(one))
+        if report.is_main_process():
+            results.add(evaluations[-1])
+    report.log(evaluation_sets.result_table(evaluations))
+    report.log(f"written to {results.json_path} and {results.markdown_path.name}")
+    if folder := runs.source_folder(options.model):
+        model_card.publish_evaluation(folder, options.report)
 
 
 def sample_only(options: TrainOptions) -> None:

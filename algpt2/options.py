@@ -184,6 +184,16 @@ class ReportOptions:
 
 
 @dataclass(frozen=True)
+class EvalOptions:
+    """What --eval_only measures."""
+
+    eval_sets: tuple[str, ...] = ()  # files or folders of evaluation sets, instead of val_path
+    detokenizer: Literal["wikitext", "ptb", "lambada", "auto"] | None = None  # of eval_sets
+    stride: int | None = None  # tokens scored per window; default: seq_len, no overlap
+    n_eval_examples: int | None = None  # LAMBADA passages, BLiMP pairs per file; default: all
+
+
+@dataclass(frozen=True)
 class SampleOptions:
     """How text is sampled."""
 
@@ -207,7 +217,8 @@ class TrainOptions:
     optim: OptimOptions = field(default_factory=OptimOptions)
     report: ReportOptions = field(default_factory=ReportOptions)
     sample: SampleOptions = field(default_factory=SampleOptions)
-    eval_only: bool = False  # evaluate --checkpoint on --val_path and stop
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    eval_only: bool = False  # evaluate --checkpoint on --val_path or --eval_sets and stop
     compressors: bool = False  # with eval_only: gzip and xz on the same text beside it
     sample_only: bool = False  # sample from --checkpoint and stop
     device: str = "auto"  # auto, cpu, cuda, mps
@@ -222,6 +233,11 @@ class TrainOptions:
         check_positive(self.report, "logging_steps", "eval_steps", "save_steps", "sample_steps")
         check_positive(self.report, "hist_steps", "keep_last", "milestone_steps", "max_minutes")
         check_positive(self.sample, "n_samples", "max_length", "temperature", "sliding_window_size")
+        check_positive(self.eval, "stride", "n_eval_examples")
+        if self.eval != EvalOptions() and not self.eval_only:
+            raise UserError("--eval_sets, --detokenizer and --stride need --eval_only")
+        if self.eval.detokenizer and not self.eval.eval_sets:
+            raise UserError("--detokenizer needs --eval_sets: --val_path is packed as it is")
         if self.optim.fp16 and self.optim.precision not in ("auto", "fp16"):
             raise UserError(f"--fp16 contradicts --precision {self.optim.precision}: drop one")
         if self.model.init_from and (self.model.checkpoint or self.model.from_scratch):

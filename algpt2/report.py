@@ -115,7 +115,7 @@ def write(text: str) -> None:
 # --- the folder of a run -------------------------------------------------------------------------
 
 NOT_OF_THE_RUN = {  # options that may change between two starts of the same run
-    "report", "sample", "eval_only", "compressors", "sample_only", "device", "compile",
+    "report", "sample", "eval", "eval_only", "compressors", "sample_only", "device", "compile",
     "overwrite", "debug",
 }  # fmt: skip
 

@@ -4,17 +4,17 @@ import hashlib
 import json
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .checkpoints import find_checkpoint, find_config_folder, write_json
+from .checkpoints import checkpoint_folders, find_checkpoint, find_config_folder
 from .corpus import cache_dir, describe_sources
 from .errors import UserError
-from .evaluation import TextTotals, compressor_bits_per_byte, table, text_metrics
+from .evaluation import TextTotals, table
 from .options import DataOptions, ModelOptions, OptimOptions, TrainOptions
 from .packing import pack
 from .report import METRICS_FILE, environment, log, read_json_lines
@@ -321,53 +321,10 @@ def _flags(options: dict[str, Any]) -> str:
     return " ".join(f"{k}={v}" for k, v in options.items() if v is not None)
 
 
-# --- evaluation of a checkpoint ------------------------------------------------------------------
-
-
-def write_evaluation(
-    options: TrainOptions, rows: PackedRows, tokenizer: TextTokenizer, loss: float
-) -> str:
-    """The table of `--eval_only`, also written to `evaluation.json` beside the weights."""
-    totals = text_totals(rows.manifest)
-    result: dict[str, Any] = {
-        "checkpoint": options.model.checkpoint,
-        "text": list(options.data.val_path),
-        "seq_len": rows.manifest.seq_len,
-        **asdict(totals),
-        **text_metrics(loss, totals),
-    }
-    if options.compressors:
-        log("compressing the validation text with gzip -9 and xz -9e")
-        result["compressors"] = compressor_bits_per_byte(decode_documents(rows, tokenizer))
-    folder = source_folder(options.model) or Path()
-    lines = [
-        ["", "loss (nats/token)", "ppl", "word ppl", "bits/byte"],
-        [
-            folder.name, f"{result['val_loss']:.4f}", f"{result['val_ppl']:.2f}",
-            f"{result['val_word_ppl']:.2f}", f"{result['val_bpb']:.4f}",
-        ],
-    ]  # fmt: skip
-    for name, bits in result.get("compressors", {}).items():
-        lines.append([name, "", "", "", f"{bits:.4f}"])
-    path = folder.parent / "evaluation.json"
-    write_json(path, result)
-    text = (
-        f"{totals.tokens:,} tokens, {totals.words:,} words (line ends counted), "
-        f"{totals.text_bytes:,} bytes, context {rows.manifest.seq_len}, each token predicted once"
-    )
-    return f"{table(lines)}\n{text}\nwritten to {path}"
-
-
-def decode_documents(rows: PackedRows, tokenizer: TextTokenizer) -> Iterator[str]:
-    """The documents that the rows hold: rows overlap by one token, documents start with
-    end-of-text."""
-    ids: list[int] = []
-    for i in range(len(rows)):
-        for token in rows[i][:-1].tolist():
-            if token == tokenizer.eot_id and ids:
-                yield tokenizer.decode(ids)
-                ids = []
-            elif token != tokenizer.eot_id:
-                ids.append(token)
-    if ids:
-        yield tokenizer.decode(ids)
+def result_folder(model: ModelOptions) -> Path:
+    """Where evaluations of a checkpoint are kept: its run's folder, or its own if it is of no
+    run, or the current folder for a name on the hub."""
+    folder = source_folder(model)
+    if folder is None:
+        return Path()
+    return folder.parent if folder in checkpoint_folders(folder.parent) else folder

@@ -224,12 +224,12 @@ def test_evaluation_and_samples_of_a_run(flags, corpus, tmp_path, capsys):
     train_pt.main([*common, "--eval_only", f"--val_path={corpus / 'valid'}", "--seq_len=16",
                    "--compressors"])  # fmt: skip
     assert re.search(r"gzip -9 .*\n.*xz -9e", capsys.readouterr().out)
-    result = json.loads((run / "evaluation.json").read_text())
+    (result,) = json.loads((run / "evaluation.json").read_text())["evaluations"]
     last = [loss for (loss,) in metrics(run, "val_loss")][-1]
-    assert result["val_loss"] == pytest.approx(last, rel=1e-6)
+    assert result["measures"][0]["value"] == pytest.approx(last, rel=1e-6)
     words = " ".join(path.read_text() for path in (corpus / "valid").iterdir())
     line_ends = sum(path.read_text().count("\n") for path in (corpus / "valid").iterdir())
-    assert result["words"] == len(words.split()) + line_ends
+    assert result["details"]["words"] == len(words.split()) + line_ends
     sample = [*common, "--sample_only", "--prompt=the model", "--n_samples=2", "--max_length=100"]
     train_pt.main(sample)
     first = capsys.readouterr().out
