@@ -85,6 +85,8 @@ def update_card(folder: Path) -> None:
 
 def publish_evaluation(folder: Path, report: ReportOptions) -> None:
     """Carry what `--eval_only` measured on a checkpoint on: into its card, to W&B, to the hub."""
+    if not is_main_process():
+        return
     save_dir = folder.parent
     update_card(folder)
     if folder in checkpoint_folders(save_dir) and (save_dir / RUN_FILE).is_file():
