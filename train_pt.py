@@ -103,21 +103,13 @@ def evaluate_only(options: TrainOptions) -> None:
 
 def sample_only(options: TrainOptions) -> None:
     """Print samples of a checkpoint."""
-    from algpt2 import report, runs, training_pt
-    from algpt2.sampling_pt import sample_texts
+    from algpt2 import runs, training_pt
+    from algpt2.sampling_pt import print_samples
 
     processes = training_pt.start_processes(options)
     tokenizer = runs.choose_tokenizer(options.data, options.model)
     model = training_pt.build_model(options.model, tokenizer, None).to(processes.device)
-    code, sample = (options.data.control_codes or (None,))[0], options.sample
-    if sample.n_samples == 1:  # as it comes
-        report.log("--- sample 1 of 1")
-        sample_texts(model, tokenizer, sample, options.optim.seed, code=code, write=report.write)
-        report.log("\n")
-        return
-    texts = sample_texts(model, tokenizer, sample, options.optim.seed, code=code)
-    for i, text in enumerate(texts, start=1):
-        report.log(f"--- sample {i} of {len(texts)}\n{text}\n")
+    print_samples(model, tokenizer, options)
 
 
 if __name__ == "__main__":

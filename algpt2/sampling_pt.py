@@ -7,9 +7,24 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from . import report
 from .errors import UserError
-from .options import SampleOptions
+from .options import SampleOptions, TrainOptions
 from .tokenization_algpt2 import TextTokenizer
+
+
+def print_samples(model: torch.nn.Module, tokenizer: TextTokenizer, options: TrainOptions) -> None:
+    """The samples of `--sample_only`; one alone is printed as it comes."""
+    code, sample = (options.data.control_codes or (None,))[0], options.sample
+    arguments = (model, tokenizer, sample, options.optim.seed)
+    if sample.n_samples == 1:
+        report.log("--- sample 1 of 1")
+        sample_texts(*arguments, code=code, write=report.write)
+        report.log("\n")
+        return
+    texts = sample_texts(*arguments, code=code)
+    for i, text in enumerate(texts, start=1):
+        report.log(f"--- sample {i} of {len(texts)}\n{text}\n")
 
 
 def sample_texts(
