@@ -30,11 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def train(options: TrainOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
-    from algpt2 import report, runs, training_pt
-    from algpt2.checkpoints import newest_checkpoint
+    from algpt2 import model_card, report, runs, training_pt
+    from algpt2.checkpoints import find_checkpoint, newest_checkpoint
 
     # 1. Processes, tokenizer and data
     processes = training_pt.start_processes(options)
+    model_card.check_hub(options.report.push_to_hub)
     tokenizer = runs.choose_tokenizer(options.data, options.model)
     seq_len = runs.choose_seq_len(options.data, options.model)
     with processes.main_first():
@@ -56,23 +57,30 @@ def train(options: TrainOptions) -> int | None:
         )
         run |= runs.describe_model(trainer.model, seq_len)
         report.log(runs.summary(run, trainer.step))
-        if trainer.step >= n_steps:
-            return None
 
         # 4. Train
-        with report.RunReport(save_dir, run, trainer.step, options.report) as run_report:
-            hooks = training_pt.make_hooks(trainer, tokenizer, val_rows, run, run_report)
-            done = training_pt.fit(trainer, hooks)
+        run |= training_pt.measure_start(trainer, val_rows, run)
+        done = trainer.step >= n_steps
+        if not done:
+            with report.RunReport(save_dir, run, trainer.step, options.report) as run_report:
+                hooks = training_pt.make_hooks(trainer, tokenizer, val_rows, run, run_report)
+                done = training_pt.fit(trainer, hooks)
+                run_report.artifact(find_checkpoint(save_dir))
     report.log(f"{'done' if done else 'stopped'} at step {trainer.step}: {save_dir}")
-    return None if done else EXIT_STOPPED
+    if not done:
+        return EXIT_STOPPED
+    runs.log_before_and_after(run, save_dir)
+    model_card.push_to_hub(find_checkpoint(save_dir), options.report.push_to_hub)
+    return None
 
 
 def evaluate_only(options: TrainOptions) -> None:
     """Print and save one table of what a checkpoint scores on --val_path or --eval_sets."""
-    from algpt2 import evaluation_sets, report, runs, training_pt
+    from algpt2 import evaluation_sets, model_card, report, runs, training_pt
     from algpt2.evaluation_pt import evaluation_model
 
     processes = training_pt.start_processes(options)
+    model_card.check_hub(options.report.push_to_hub)
     tokenizer = runs.choose_tokenizer(options.data, options.model)
     results = evaluation_sets.ResultFiles(runs.result_folder(options.model))
     with processes.main_first():
@@ -89,19 +97,19 @@ def evaluate_only(options: TrainOptions) -> None:
             results.add(evaluations[-1])
     report.log(evaluation_sets.result_table(evaluations))
     report.log(f"written to {results.json_path} and {results.markdown_path.name}")
+    if folder := runs.source_folder(options.model):
+        model_card.publish_evaluation(folder, options.report)
 
 
 def sample_only(options: TrainOptions) -> None:
     """Print samples of a checkpoint."""
-    from algpt2 import report, runs, training_pt
-    from algpt2.sampling_pt import sample_texts
+    from algpt2 import runs, training_pt
+    from algpt2.sampling_pt import print_samples
 
     processes = training_pt.start_processes(options)
     tokenizer = runs.choose_tokenizer(options.data, options.model)
     model = training_pt.build_model(options.model, tokenizer, None).to(processes.device)
-    texts = sample_texts(model, tokenizer, options.sample, options.optim.seed)
-    for i, text in enumerate(texts, start=1):
-        report.log(f"--- sample {i} of {len(texts)}\n{text}\n")
+    print_samples(model, tokenizer, options)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -132,7 +132,8 @@ class DataOptions:
     val_path: tuple[str, ...] = ("docs:valid",)  # the same for evaluation
     tokenizer: str | None = None  # folder or name; default: the checkpoint's, or algpt2-tokenizer
     seq_len: int | None = None  # tokens per row; default: that of the shards, or n_positions
-    use_control_codes: bool = True  # each document starts with <|endoftext|> (text input)
+    use_control_codes: bool = True  # each document starts with a control code (text input)
+    control_codes: tuple[str, ...] | None = None  # one, or one per train_path; new ones are added
     line_by_line: bool = False  # each line is a document (text input)
     text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
     n_eval_rows: int | None = None  # rows of each evaluation during training; the last takes all
@@ -145,6 +146,8 @@ class ModelOptions:
     config: str | None = None  # config name or folder; default: algpt2-tiny
     checkpoint: str | None = None  # folder of a run, a checkpoint, any causal LM, or hub name
     from_scratch: bool = False  # random weights (implied without --checkpoint)
+    init_from: str | None = None  # GPT-2 or ALGPT2 checkpoint that starts --config (SVD, means)
+    init_blocks: tuple[str, ...] | None = None  # mean, first, last or layers; default: mean
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third slower
 
 
@@ -187,7 +190,9 @@ class ReportOptions:
     milestone_steps: int | None = None  # checkpoints at multiples of this are kept for ever
     max_minutes: float | None = None  # save and stop after this time; the same command continues
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
+    wandb_artifacts: bool = False  # the last checkpoint of the run as a W&B artifact, too
     tags: tuple[str, ...] = ()  # W&B tags
+    push_to_hub: str | None = None  # upload the last checkpoint as this private model of the hub
 
 
 @dataclass(frozen=True)
@@ -247,8 +252,21 @@ class TrainOptions:
             raise UserError("--detokenizer needs --eval_sets: --val_path is packed as it is")
         if self.optim.fp16 and self.optim.precision not in ("auto", "fp16"):
             raise UserError(f"--fp16 contradicts --precision {self.optim.precision}: drop one")
+        if self.model.init_from and (self.model.checkpoint or self.model.from_scratch):
+            raise UserError("--init_from and --checkpoint or --from_scratch: expected one of them")
         if (self.eval_only or self.sample_only) and not self.model.checkpoint:
             raise UserError("--eval_only and --sample_only need --checkpoint FOLDER")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write an ALGPT2 checkpoint as a stock GPT-2 with the same logits."""
+
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """folder of a run or of a checkpoint"""
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]  # folder to write
+    overwrite: bool = False  # replace the files of an earlier export
+    debug: bool = False  # a traceback with every error
 
 
 @dataclass(frozen=True)

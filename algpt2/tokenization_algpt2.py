@@ -39,7 +39,8 @@ class TextTokenizer:
     """A trained tokenizer as the rest of the project sees it: text to arrays of ids and back.
 
     `vocab_size` is the largest id + 1, added tokens included; `dtype` the smallest unsigned type
-    that holds all ids; `fingerprint` the sha256 of the canonical tokenizer.json.
+    that holds all ids; `fingerprint` the sha256 of the canonical tokenizer.json; `special_ids` are
+    the ids of all control codes; `n_new_codes` of them have come since the tokenizer was saved.
     """
 
     def __init__(self, tokenizer: Tokenizer, folder: Path, end_of_text: str) -> None:
@@ -54,6 +55,29 @@ class TextTokenizer:
         self.eot_id: int = tokenizer.token_to_id(end_of_text)
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         self.fingerprint = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+        added = tokenizer.get_added_tokens_decoder().items()
+        self.special_ids = sorted({self.eot_id} | {i for i, token in added if token.special})
+        self.n_new_codes = 0
+
+    def with_control_codes(self, codes: Sequence[str]) -> "TextTokenizer":
+        """A tokenizer that also has `codes`; those it does not know get the next ids.
+
+        Raises:
+            UserError: a code is an ordinary entry of the vocabulary.
+        """
+        known = {code: self.token_to_id(code) for code in codes}
+        if words := [c for c, i in known.items() if i is not None and i not in self.special_ids]:
+            raise UserError(
+                f"control code {words[0]!r} is an ordinary word of the vocabulary; mark it: <|…|>"
+            )
+        new = [code for code, i in known.items() if i is None]
+        if not new:
+            return self
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.add_special_tokens([AddedToken(code, normalized=False) for code in new])
+        result = TextTokenizer(tokenizer, self.folder, self._end_of_text)
+        result.n_new_codes = len(new)
+        return result
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as its folder, so that a worker process loads it once for all tasks."""
@@ -80,10 +104,11 @@ class TextTokenizer:
         """Copy the tokenizer's files into `folder`; `AutoTokenizer` loads them in any case."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = _config("PreTrainedTokenizerFast", self._end_of_text)
+        codes = [self.decode([i]) for i in self.special_ids]
+        config = _config("PreTrainedTokenizerFast", self._end_of_text, codes)
         (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
         (folder / "tokenizer.json").write_text(self._tokenizer.to_str(), encoding="utf-8")
-        for name in TOKENIZER_FILES:
+        for name in () if self.n_new_codes else TOKENIZER_FILES:
             if (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
                 shutil.copyfile(self.folder / name, folder / name)
 
@@ -197,11 +222,13 @@ def _config(tokenizer_class: str, end_of_text: str, codes: Sequence[str] = ()) -
         "bos_token": end_of_text,
         "clean_up_tokenization_spaces": False,
         "eos_token": end_of_text,
-        "extra_special_tokens": [code for code in codes if code != end_of_text],
         "model_max_length": MODEL_MAX_LENGTH,
         "tokenizer_class": tokenizer_class,
         "unk_token": end_of_text,
     }
+    # transformers 4 takes no list, not even an empty one.
+    if extra := [code for code in codes if code != end_of_text]:
+        config["extra_special_tokens"] = extra
     return json.dumps(config, indent=2) + "\n"
 
 

@@ -34,12 +34,13 @@ from .checkpoints import (
     prune_checkpoints,
     write_checkpoint,
 )
+from .convert_pt import start_model
 from .errors import NonFiniteError, UserError, describe
 from .evaluation import text_metrics
 from .modeling_algpt2 import ALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TrainOptions
 from .report import RunReport, log
-from .runs import check_model_fits, peak_lr, text_totals
+from .runs import check_model_fits, peak_lr, starts_from_weights, text_totals
 from .sampling_pt import sample_texts
 from .schedules import lr_factor
 from .tfrecords import PackedRows
@@ -158,7 +159,8 @@ def keep_freed_memory() -> None:
 
 
 def build_model(options: ModelOptions, tokenizer: TextTokenizer, seq_len: int | None) -> nn.Module:
-    """The model of `--config` with random weights or that of `--checkpoint`, in float32 on the CPU.
+    """The model of `--config` with random weights or the start that `--init_from` gives, or that
+    of `--checkpoint`, in float32 on the CPU.
 
     Raises:
         UserError: unknown config or checkpoint, vocabulary or seq_len that does not fit.
@@ -175,6 +177,10 @@ def build_model(options: ModelOptions, tokenizer: TextTokenizer, seq_len: int | 
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if options.init_from:
+            start_model(model, options.init_from, options.init_blocks or ("mean",))
+        if tokenizer.vocab_size > model.config.vocab_size:
+            add_embeddings(model, tokenizer.vocab_size)
     except UserError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
@@ -182,6 +188,15 @@ def build_model(options: ModelOptions, tokenizer: TextTokenizer, seq_len: int | 
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model
+
+
+@torch.no_grad()
+def add_embeddings(model: nn.Module, vocab_size: int) -> None:
+    """Rows for new control codes in both token tables: the mean of those that are there."""
+    n_before = model.config.vocab_size
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        table.weight[n_before:] = table.weight[:n_before].mean(0)
 
 
 # --- optimizer -----------------------------------------------------------------------------------
@@ -369,7 +384,9 @@ def build_trainer(
     """Model and optimizer of a new run, or in the state of `checkpoint`."""
     source = options.model
     if checkpoint:
-        source = replace(source, checkpoint=str(checkpoint.folder), from_scratch=False)
+        source = replace(
+            source, checkpoint=str(checkpoint.folder), from_scratch=False, init_from=None
+        )
     torch.manual_seed(options.optim.seed)
     model = build_model(source, tokenizer, rows.manifest.seq_len).to(processes.device)
     optimizers = build_optimizer(model, options.optim, peak_lr(options.optim, options.model))
@@ -459,6 +476,22 @@ def evaluate(
     return (processes.mean(total) * processes.count / len(ids)).item()
 
 
+def validate(trainer: Trainer, rows: PackedRows, n_rows: int | None = None) -> dict[str, float]:
+    """`val_loss` and what follows from it, of the model as it is now."""
+    batch_size = trainer.options.optim.batch_size
+    loss = evaluate(trainer.model, rows, trainer.processes, batch_size, n_rows)
+    return text_metrics(loss, text_totals(rows.manifest))
+
+
+def measure_start(trainer: Trainer, rows: PackedRows, run: dict[str, Any]) -> dict[str, Any]:
+    """`before` for run.json: the validation metrics of the weights that a new run starts from."""
+    is_new = trainer.step == 0 and "before" not in run
+    if not is_new or not starts_from_weights(trainer.options.model):
+        return {}
+    log("evaluating the weights that training starts from")
+    return {"before": validate(trainer, rows)}
+
+
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
@@ -541,18 +574,13 @@ def make_hooks(
     def tick(loss: float) -> None:
         report.progress.update(1, f"loss {loss:.3f}")
 
-    def validate(last: bool) -> dict[str, float]:
-        n_rows = None if last else options.data.n_eval_rows
-        batch_size = options.optim.batch_size
-        loss = evaluate(model, val_rows, trainer.processes, batch_size, n_rows)
-        return text_metrics(loss, text_totals(val_rows.manifest))
-
     def save() -> None:
         save_state(trainer, tokenizer, {key: run[key] for key in ("options", "data", "versions")})
 
     def sample() -> None:
         if trainer.processes.rank == 0:
-            texts = sample_texts(model, tokenizer, options.sample, options.optim.seed)
+            code = (options.data.control_codes or (None,))[0]
+            texts = sample_texts(model, tokenizer, options.sample, options.optim.seed, code=code)
             report.samples(trainer.step, options.sample.prompt, texts)
 
     def histograms() -> None:
@@ -563,7 +591,10 @@ def make_hooks(
                 arrays[f"gradients/{name}"] = p.grad.float().cpu().numpy()
         report.histograms(trainer.step, arrays)
 
-    return Hooks(tick, report.metrics, validate, save, sample, histograms)
+    def evaluate_now(last: bool) -> dict[str, float]:
+        return validate(trainer, val_rows, None if last else options.data.n_eval_rows)
+
+    return Hooks(tick, report.metrics, evaluate_now, save, sample, histograms)
 
 
 def fit(trainer: Trainer, hooks: Hooks) -> bool:
