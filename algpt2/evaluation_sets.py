@@ -439,14 +439,14 @@ def _from_record(record: dict[str, Any]) -> Evaluation:
 
 
 def result_table(evaluations: Sequence[Evaluation]) -> str:
-    """Evaluations of one checkpoint as aligned text; what a line leaves empty is as above."""
+    """Evaluations of one checkpoint as aligned text; a line without a set is of the one above."""
     facts = evaluations[0]
     lines = [["set", "measure", "value", "unit", "over", "text"]]
     for one in evaluations:
         for i, measure in enumerate(one.measures):
-            name, text = (_set_name(one), one.text) if i == 0 else ("", "")
+            name = "" if i else _set_name(one)
             lines.append(
-                [name, measure.name, show(measure.value), measure.unit, measure.over, text]
+                [name, measure.name, show(measure.value), measure.unit, measure.over, one.text]
             )
     return (
         f"{table(lines, left='set measure unit over text'.split())}\n"
