@@ -17,6 +17,7 @@ _MODULE_OF = {
     "ALGPT2PreTrainedModel": "modeling_algpt2",
     "ALGPT2Model": "modeling_algpt2",
     "ALGPT2LMHeadModel": "modeling_algpt2",
+    "TFALGPT2LMHeadModel": "modeling_tf_algpt2",
 }
 __all__ = ["register", *_MODULE_OF]
 

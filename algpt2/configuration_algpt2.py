@@ -17,6 +17,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GPT2Config
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
+# Names in weight files. Those of the original have one block and no index:
+# transformer.h.ln_1.weight. Older GPT-2 files hold causal masks as buffers.
+UNINDEXED = r"(ln_1|attn|ln_2|mlp)\."
+MASK_BUFFERS = r"\.attn\.(masked_)?bias$"
+
 
 class ALGPT2Config(GPT2Config):
     """GPT-2's configuration plus four keys; files of the original have only the first.
