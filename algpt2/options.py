@@ -150,6 +150,7 @@ class OptimOptions:
     beta1: float = 0.9  # AdamW and Adafactor; 0 saves Adafactor's first moment, costs quality
     beta2: float = 0.95  # AdamW (also on Muon's vectors and embeddings)
     momentum: float = 0.95  # Muon and SGD
+    relative_update_scale: bool = False  # Adafactor: the rate is relative to each weight's RMS
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: never
     batch_size: int = 4  # rows per forward pass, over all processes
     grad_steps: int = 1  # forward passes per optimizer step
@@ -221,6 +222,22 @@ class TrainOptions:
             raise UserError(f"--fp16 contradicts --precision {self.optim.precision}: drop one")
         if (self.eval_only or self.sample_only) and not self.model.checkpoint:
             raise UserError("--eval_only and --sample_only need --checkpoint FOLDER")
+
+
+@dataclass(frozen=True)
+class TFTrainOptions(TrainOptions):
+    """Pretrain or finetune GPT-2 or ALGPT2 in TensorFlow, evaluate it, or sample from it."""
+
+    device: str = "auto"  # auto, cpu, gpu
+    n_devices: int | None = None  # GPUs to train on; or so many logical devices of the CPU
+    steps_per_call: int = 1  # optimizer steps between two returns to Python
+    compile: bool = False  # XLA for the whole step: faster on GPUs, slower on CPUs
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "n_devices", "steps_per_call")
+        if self.optim.fp16 or self.optim.precision == "fp16":
+            raise UserError("fp16 needs PyTorch (train_pt.py): expected --precision bf16 or fp32")
 
 
 @dataclass(frozen=True)

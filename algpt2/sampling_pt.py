@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .errors import UserError
 from .options import SampleOptions
+from .sampling import extend_texts
 from .tokenization_algpt2 import TextTokenizer
 
 
@@ -28,30 +28,16 @@ def sample_texts(
 def sample_tokens(
     model: torch.nn.Module, tokenizer: TextTokenizer, options: SampleOptions
 ) -> list[list[int]]:
-    """`n_samples` lists of at most `max_length` ids, without the end-of-text before and behind.
+    """The token ids of the texts, by `generate` of transformers; see `extend_texts`."""
+    eot = tokenizer.eot_id
 
-    Past the model's context the window slides: the last `sliding_window_size` tokens stay as
-    context for the next window, so that only `max_length` bounds a text.
+    def extend(rows: list[list[int]], n_new: int) -> list[list[int]]:
+        window = torch.tensor(rows, device=model.device)
+        texts = model.generate(window, max_new_tokens=n_new, **_flags(window, eot, options))
+        return texts[:, window.shape[1] :].tolist()
 
-    Raises:
-        UserError: a sliding window that is not smaller than the context.
-    """
-    eot, end = tokenizer.eot_id, options.max_length + 1
-    prompt = [eot, *tokenizer.encode_batch([options.prompt])[0].tolist()]
-    texts = [list(prompt) for _ in range(options.n_samples)]
-    context = getattr(model.config, "max_position_embeddings", None) or end
-    keep = options.sliding_window_size or context // 2
-    if keep >= context:
-        raise UserError(f"--sliding_window_size {keep}: expected less than the context, {context}")
-    while active := [text for text in texts if len(text) < end and eot not in text[1:]]:
-        length = len(active[0])  # all that have not ended are equally long
-        n_window = length if length < context else keep
-        window = torch.tensor([text[-n_window:] for text in active], device=model.device)
-        n_new = min(context - n_window, end - length)
-        more = model.generate(window, max_new_tokens=n_new, **_flags(window, eot, options))
-        for text, row in zip(active, more[:, n_window:].tolist(), strict=True):
-            text += row[: row.index(eot) + 1] if eot in row else row
-    return [text[1:-1] if text[-1] == eot else text[1:] for text in texts]
+    context = getattr(model.config, "max_position_embeddings", None)
+    return extend_texts(extend, tokenizer, options, context)
 
 
 def _flags(window: Tensor, eot: int, options: SampleOptions) -> dict[str, object]:
