@@ -58,6 +58,8 @@ class ALGPT2Config(GPT2Config):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The keys of a config.json; those of a stock GPT-2 as the ALGPT2 that it is, K = L."""
         keys, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if keys.get("model_type", "gpt2") not in (cls.model_type, GPT2Config.model_type):
+            raise ValueError(f"expected model_type gpt2 or algpt2, got {keys['model_type']!r}")
         if keys.get("model_type") == GPT2Config.model_type:
             n_layer = keys.get("n_layer", cls.n_layer)
             keys = {**keys, "model_type": cls.model_type, "num_hidden_groups": n_layer}

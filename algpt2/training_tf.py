@@ -19,13 +19,15 @@ import tensorflow as tf
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from . import optimizers_tf
+from . import optimizers_tf, report
 from .batches import process_rows
 from .checkpoints import (
     Checkpoint,
     find_checkpoint,
     find_config_folder,
+    newest_checkpoint,
     prune_checkpoints,
+    read_checkpoint,
     write_checkpoint,
 )
 from .errors import NonFiniteError, UserError, describe
@@ -456,6 +458,24 @@ def _build_run(
     return run
 
 
+def open_run(
+    save_dir: Path, run: dict[str, Any], overwrite: bool, processes: Processes
+) -> tuple[dict[str, Any], Checkpoint | None]:
+    """`report.open_run` and the newest complete checkpoint in save_dir, the same on every process.
+
+    Raises:
+        UserError: save_dir holds something else, or is not the same folder for every process.
+    """
+
+    def on_main() -> tuple[dict[str, Any], str | None]:
+        opened = report.open_run(save_dir, run, overwrite)
+        checkpoint = newest_checkpoint(save_dir, log)
+        return opened, str(checkpoint.folder) if checkpoint else None
+
+    opened, folder = processes.on_main(on_main)
+    return opened, read_checkpoint(Path(folder)) if folder else None
+
+
 def build_trainer(
     options: TFTrainOptions,
     tokenizer: TextTokenizer | None,
@@ -591,19 +611,19 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer | None, state: dict[st
         save_file(state_tensors(trainer.model, trainer.optimizer), folder / OPTIMIZER_FILE)
 
     if trainer.processes.rank == 0:
-        report = trainer.options.report
+        kept = trainer.options.report
         state = {
             **state, "elapsed_s": trainer.elapsed_s, "scaler": {},
             "tokens": trainer.step * trainer.tokens_per_step,
         }  # fmt: skip
         try:
-            write_checkpoint(Path(report.save_dir), trainer.step, fill, state)
+            write_checkpoint(Path(kept.save_dir), trainer.step, fill, state)
         except (SafetensorError, OSError) as error:
             raise OSError(
-                f"cannot write the checkpoint of step {trainer.step} in {report.save_dir} "
+                f"cannot write the checkpoint of step {trainer.step} in {kept.save_dir} "
                 f"({describe(error)}); earlier ones are whole, the same command continues from them"
             ) from error
-        prune_checkpoints(Path(report.save_dir), report.keep_last, report.milestone_steps)
+        prune_checkpoints(Path(kept.save_dir), kept.keep_last, kept.milestone_steps)
     trainer.processes.barrier()
 
 
@@ -619,21 +639,21 @@ def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 def make_hooks(
     trainer: Trainer, tokenizer: TextTokenizer | None, val_rows: PackedRows, run: dict[str, Any],
-    report: RunReport,
+    run_report: RunReport,
 ) -> Hooks:  # fmt: skip
     """The hooks of train_tf.py: validation, samples, checkpoints and reports of one run."""
     options, model, seen = trainer.options, trainer.model, {"wait_s": 0.0}
     seen["elapsed_s"] = trainer.elapsed_s
 
     def tick(n_steps: int, loss: float) -> None:
-        report.progress.update(n_steps, f"loss {loss:.3f}")
+        run_report.progress.update(n_steps, f"loss {loss:.3f}")
 
     def write(line: dict[str, float]) -> None:
         """Metrics, and the share of the time since the last line that went by without tokens."""
         seconds = max(1e-9, trainer.elapsed_s - seen["elapsed_s"])
         waited = (trainer.inputs.wait_s - seen["wait_s"]) / seconds
         seen.update(elapsed_s=trainer.elapsed_s, wait_s=trainer.inputs.wait_s)
-        report.metrics(line | {"input_wait": waited})
+        run_report.metrics(line | {"input_wait": waited})
 
     def validate(last: bool) -> dict[str, float]:
         n_rows = None if last else options.data.n_eval_rows
@@ -647,11 +667,11 @@ def make_hooks(
     def sample() -> None:
         if trainer.processes.rank == 0 and tokenizer is not None:
             texts = sample_texts(model, tokenizer, options.sample, options.optim.seed)
-            report.samples(trainer.step, options.sample.prompt, texts)
+            run_report.samples(trainer.step, options.sample.prompt, texts)
 
     def histograms() -> None:
         parameters = model.named_parameters().items()
-        report.histograms(trainer.step, {f"weights/{n}": v.numpy() for n, v in parameters})
+        run_report.histograms(trainer.step, {f"weights/{n}": v.numpy() for n, v in parameters})
 
     return Hooks(tick, write, validate, save, sample, histograms)
 
