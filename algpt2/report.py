@@ -38,7 +38,9 @@ def process_index() -> int:
     """This process among several: torchrun sets RANK, a TensorFlow cluster has TF_CONFIG."""
     if "RANK" in os.environ or "TF_CONFIG" not in os.environ:
         return int(os.environ.get("RANK", "0"))
-    return int(json.loads(os.environ["TF_CONFIG"]).get("task", {}).get("index", 0))
+    config = json.loads(os.environ["TF_CONFIG"])
+    task, n_chiefs = config.get("task", {}), len(config.get("cluster", {}).get("chief", ()))
+    return int(task.get("index", 0)) + (n_chiefs if task.get("type") == "worker" else 0)
 
 
 def is_main_process() -> bool:

@@ -1,5 +1,6 @@
 """What a run is before any framework comes in: its tokenizer, rows, length and description."""
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -161,6 +162,43 @@ def source_folder(model: ModelOptions) -> Path | None:
     if not (folder / "config.json").is_file():
         raise UserError(f"no checkpoint in {folder}: expected config.json or checkpoint-* in it")
     return folder
+
+
+def source_config(model: ModelOptions) -> dict[str, Any]:
+    """The whole configuration of `--checkpoint` or `--config`, defaults included.
+
+    Raises:
+        UserError: unknown, or not a GPT-2 or ALGPT2.
+    """
+    from .configuration_algpt2 import ALGPT2Config
+
+    source = source_folder(model) or model.checkpoint
+    try:
+        return ALGPT2Config.from_pretrained(source).to_dict()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the configuration of {source}: {error}") from error
+
+
+def tokenizer_of(options: TrainOptions, manifest: Manifest) -> TextTokenizer | None:
+    """The tokenizer that shards were packed with, to keep with their checkpoints; None: unknown.
+
+    Raises:
+        UserError: `--tokenizer` is another one.
+    """
+    if options.data.tokenizer:
+        tokenizer = load_tokenizer(options.data.tokenizer)
+        if tokenizer.fingerprint != manifest.tokenizer_sha256:
+            raise UserError(
+                f"--tokenizer {options.data.tokenizer} is not the one that the shards were packed "
+                "with: expected that, or none"
+            )
+        return tokenizer
+    with contextlib.suppress(UserError):  # one that does not fit is none
+        tokenizer = choose_tokenizer(options.data, options.model)
+        if tokenizer.fingerprint == manifest.tokenizer_sha256:
+            return tokenizer
+    log("the tokenizer of the shards is not here: checkpoints will lack it; --tokenizer names it")
+    return None
 
 
 def count_steps(optim: OptimOptions, n_rows: int, seq_len: int) -> int:

@@ -64,6 +64,11 @@ class Processes:
         return self.strategy.num_replicas_in_sync
 
     @property
+    def n_hosts(self) -> int:
+        """Machines that read: the processes, or the hosts of a pod that one process drives."""
+        return max(self.count, getattr(self.strategy.extended, "num_hosts", 1))
+
+    @property
     def n_local(self) -> int:
         """Devices of this process."""
         return self.n_replicas // self.count
@@ -130,7 +135,10 @@ def start_processes(options: TFTrainOptions, tpu: str | None = None) -> Processe
         tf.config.experimental.enable_op_determinism()  # a repeated command gives the same bytes
     keep_freed_memory()
     is_cluster = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
-    count = len(strategy.cluster_resolver.cluster_spec().as_dict()["worker"]) if is_cluster else 1
+    count = 1
+    if is_cluster:
+        cluster = strategy.cluster_resolver.cluster_spec().as_dict()
+        count = len(cluster["worker"]) + len(cluster.get("chief", ()))
     rank = process_index() if is_cluster else 0
     if options.optim.batch_size % strategy.num_replicas_in_sync:
         raise UserError(

@@ -253,7 +253,7 @@ def test_another_kind_of_model_is_refused(flags, tmp_path):
     (tmp_path / "llama").mkdir()
     config = {"model_type": "llama", "vocab_size": 300, "n_positions": 32}
     (tmp_path / "llama" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="cannot load a GPT-2 or ALGPT2.*got 'llama'"):
+    with pytest.raises(UserError, match=r"cannot load a GPT-2 or ALGPT2.*got 'llama'"):
         train_tf.main(flags(config=None, checkpoint=tmp_path / "llama"))
 
 
