@@ -8,6 +8,7 @@ data one of the step, so a checkpoint is weights, optimizer state and a step num
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -699,8 +700,9 @@ def fit(trainer: Trainer, hooks: Hooks) -> bool:
     try:
         return run_loop(trainer, hooks, take, any_process, trainer.options.steps_per_call)
     except GONE as error:
+        reason = re.sub(r"\{\{.*?\}\} *", "", describe(error))[:160]
         log(
-            f"a worker or the TPU is gone at step {trainer.step} ({describe(error)[:200]}): run "
+            f"a worker or the TPU is gone at step {trainer.step} ({reason}): run "
             "the same command again, on all workers; it continues from the last checkpoint"
         )
         return False
