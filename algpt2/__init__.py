@@ -17,8 +17,9 @@ _MODULE_OF = {
     "ALGPT2PreTrainedModel": "modeling_algpt2",
     "ALGPT2Model": "modeling_algpt2",
     "ALGPT2LMHeadModel": "modeling_algpt2",
+    "TFALGPT2LMHeadModel": "modeling_tf_algpt2",
 }
-__all__ = ["register", *_MODULE_OF]
+__all__ = ["register", *(name for name in _MODULE_OF if not name.startswith("TF"))]
 
 
 def register() -> None:

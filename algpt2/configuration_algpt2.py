@@ -17,6 +17,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GPT2Config
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
+# Names in weight files. Those of the original have one block and no index:
+# transformer.h.ln_1.weight. Older GPT-2 files hold causal masks as buffers.
+UNINDEXED = r"(ln_1|attn|ln_2|mlp)\."
+MASK_BUFFERS = r"\.attn\.(masked_)?bias$"
+
 
 class ALGPT2Config(GPT2Config):
     """GPT-2's configuration plus four keys; files of the original have only the first.
@@ -53,6 +58,8 @@ class ALGPT2Config(GPT2Config):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The keys of a config.json; those of a stock GPT-2 as the ALGPT2 that it is, K = L."""
         keys, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if keys.get("model_type", "gpt2") not in (cls.model_type, GPT2Config.model_type):
+            raise ValueError(f"expected model_type gpt2 or algpt2, got {keys['model_type']!r}")
         if keys.get("model_type") == GPT2Config.model_type:
             n_layer = keys.get("n_layer", cls.n_layer)
             keys = {**keys, "model_type": cls.model_type, "num_hidden_groups": n_layer}

@@ -8,10 +8,8 @@ whose words never repeat: `FastEncoder` is made anew when its process has grown 
 """
 
 import functools
-import itertools
 import json
 import re
-import sys
 import unicodedata
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -51,7 +49,7 @@ class FastEncoder:
         self._load()
 
     def __call__(self, text: str) -> np.ndarray:
-        if not text.isascii() and _unassigned().search(text):
+        if not text.isascii() and _has_unassigned(text):
             return self._oracle.encode_batch([text])[0]
         if self._can_cut and len(text) > PIECE_CHARACTERS:
             return np.concatenate([self._encode(piece) for piece in _pieces(text)])
@@ -75,14 +73,25 @@ class FastEncoder:
         self._start_bytes, self._bytes, self._next_check = _process_bytes(), 0, CHECK_BYTES
 
 
+def _has_unassigned(text: str) -> bool:
+    """Whether `text` has a code point that Python's Unicode (14.0 in Python 3.11) has no character
+    for: whether it is a letter depends on a library's version."""
+    if _unassigned().search(text):
+        return True
+    beyond = _BEYOND_64K.findall(text)
+    return any(unicodedata.category(character) == "Cn" for character in beyond)
+
+
+# Apart: `re` looks a character of the first 64K up in a table, but tries range after range for one
+# beyond, 100 times slower.
+_BEYOND_64K = re.compile("[\U00010000-\U0010ffff]")
+
+
 @functools.cache
 def _unassigned() -> re.Pattern:
-    """Matches code points that Python's Unicode (14.0 in Python 3.11) has no character for: whether
-    they are letters depends on a library's version."""
-    flags = [unicodedata.category(chr(i)) == "Cn" for i in range(sys.maxunicode + 1)]
-    groups = itertools.groupby(range(len(flags)), flags.__getitem__)
-    runs = [list(run) for empty, run in groups if empty]
-    return re.compile("[" + "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in runs) + "]")
+    """Matches the unassigned code points of the first 64K."""
+    empty = [chr(i) for i in range(0x10000) if unicodedata.category(chr(i)) == "Cn"]
+    return re.compile("[" + "".join(map(re.escape, empty)) + "]")
 
 
 def _pieces(text: str) -> Iterable[str]:

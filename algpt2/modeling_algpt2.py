@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_algpt2 import ALGPT2Config
+from .configuration_algpt2 import MASK_BUFFERS, UNINDEXED, ALGPT2Config
 
 # Rows of float32 logits that the loss holds at a time. CPU: the fastest of 128 to 512 for V of 8k
 # and 50k. Elsewhere the products must be large enough to fill the device (not tuned).
@@ -153,8 +153,7 @@ class ALGPT2PreTrainedModel(PreTrainedModel):
         "hidden_states": ALGPT2Block,
         "attentions": OutputRecorder(ALGPT2Attention, index=1),
     }
-    # Causal masks that older GPT-2 checkpoints hold as buffers.
-    _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [MASK_BUFFERS]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -389,10 +388,6 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return d_hidden.mul_(scale), d_weight.mul_(scale).to(d_hidden.dtype), None, None, None
 
 
-# Weight files of the original have one block and no index: transformer.h.ln_1.weight.
-_UNINDEXED = r"(ln_1|attn|ln_2|mlp)\."
-
-
 class _UnindexedNames(WeightRenaming):
     """`h.ln_1...` in a file is `h.0.ln_1...` here; saved again it has the index."""
 
@@ -405,13 +400,13 @@ class _UnindexedNames(WeightRenaming):
 def _rename_unindexed(blocks: nn.ModuleList, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """The same for `load_state_dict`, which knows nothing of transformers' renaming."""
     for key in list(state):
-        if re.match(re.escape(prefix) + _UNINDEXED, key):
+        if re.match(re.escape(prefix) + UNINDEXED, key):
             state[f"{prefix}0.{key.removeprefix(prefix)}"] = state.pop(key)
 
 
 register_checkpoint_conversion_mapping(
     ALGPT2Config.model_type,
-    [_UnindexedNames(rf"\bh\.{_UNINDEXED}", r"h.0.\1.")],
+    [_UnindexedNames(rf"\bh\.{UNINDEXED}", r"h.0.\1.")],
     overwrite=True,
 )
 if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):

@@ -165,6 +165,7 @@ class OptimOptions:
     beta1: float = 0.9  # AdamW and Adafactor; 0 saves Adafactor's first moment, costs quality
     beta2: float = 0.95  # AdamW (also on Muon's vectors and embeddings)
     momentum: float = 0.95  # Muon and SGD
+    relative_update_scale: bool = False  # Adafactor: the rate is relative to each weight's RMS
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: never
     batch_size: int = 4  # rows per forward pass, over all processes
     grad_steps: int = 1  # forward passes per optimizer step
@@ -267,6 +268,104 @@ class ExportOptions:
     out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]  # folder to write
     overwrite: bool = False  # replace the files of an earlier export
     debug: bool = False  # a traceback with every error
+
+
+@dataclass(frozen=True)
+class TFTrainOptions(TrainOptions):
+    """Pretrain or finetune GPT-2 or ALGPT2 in TensorFlow, evaluate it, or sample from it."""
+
+    device: str = "auto"  # auto, cpu, gpu
+    n_devices: int | None = None  # GPUs to train on; or so many logical devices of the CPU
+    steps_per_call: int = 1  # optimizer steps between two returns to Python
+    compile: bool = False  # XLA for the whole step: faster on GPUs, slower on CPUs
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "n_devices", "steps_per_call")
+        if self.optim.fp16 or self.optim.precision == "fp16":
+            raise UserError("fp16 needs PyTorch (train_pt.py): expected --precision bf16 or fp32")
+
+
+@dataclass(frozen=True)
+class TFRecordOptions:
+    """Pretrain GPT-2 or ALGPT2 from TFRecord shards: on a TPU pod, on several machines, or here."""
+
+    tpu: str = "none"  # name of a TPU or pod; local: this is its host; none: no TPU
+    train_path: tuple[str, ...] = ("runs/quickstart/train",)  # folder, shards, patterns; gs:// too
+    val_path: tuple[str, ...] = ("runs/quickstart/val",)  # the same for evaluation
+    train_len: int | None = None  # rows of an epoch; default: those of the shards
+    seq_len: int | None = None  # tokens per row; default: that of the shards
+    model_type: Literal["gpt2", "algpt2"] = "algpt2"  # the config, unless config_path names one
+    config_path: str | None = None  # config name or folder
+    checkpoint: str | None = None  # weights to start from: a run, a checkpoint, or hub name
+    tokenizer: str | None = None  # kept with the checkpoints; default: the packaged one if it fits
+    optimizer: Literal["AdamW", "Adafactor", "Muon", "SGD"] = "Adafactor"
+    lr: float = 1e-4  # peak learning rate
+    warmup_steps: int = 10_000  # optimizer steps of linear warm-up
+    lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    disable_lr_schedule: bool = False  # lr from the first step to the last
+    momentum: float = 0.9  # Adafactor's first moment (0: none), Muon's and SGD's
+    relative_update_scale: bool = False  # Adafactor: the rate is relative to each weight's RMS
+    weight_decay: float = 0.1  # on matrices only
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: never
+    batch_size: int = 8  # rows per forward pass, over all devices of all hosts
+    grad_steps: int = 1  # forward passes per optimizer step
+    epochs: float = 1.0  # passes over the training rows
+    max_steps: int | None = None  # optimizer steps; replaces epochs
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on TPUs and GPUs that have it
+    gradient_checkpointing: bool = False  # recompute activations: less memory, a third slower
+    steps_per_call: int = 10  # optimizer steps between two returns to Python
+    device: str = "auto"  # without a TPU: auto, cpu, gpu
+    n_devices: int | None = None  # GPUs to train on; or so many logical devices of the CPU
+    compile: bool = False  # XLA without a TPU: faster on GPUs, slower on CPUs
+    save_dir: str = "runs/tfrecords"  # the run's folder: metrics.jsonl, run.json, checkpoint-*
+    save_batches: int = 1000  # steps between checkpoints
+    eval_batches: int | None = None  # steps between evaluations; default: as save_batches
+    log_batches: int = 10  # steps between lines of metrics.jsonl
+    keep_last: int = 2  # newest checkpoints kept
+    milestone_steps: int | None = None  # checkpoints at multiples of this are kept for ever
+    max_minutes: float | None = None  # save and stop after this time; the same command continues
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
+    tags: tuple[str, ...] = ()  # W&B tags
+    seed: int = 42  # of weights, data order and dropout
+    eval_only: bool = False  # evaluate --checkpoint on --val_path and stop
+    overwrite: bool = False  # remove the run in save_dir and start anew
+    debug: bool = False  # a traceback with every error
+
+    def __post_init__(self) -> None:
+        check_positive(self, "train_len", "save_batches", "eval_batches", "log_batches")
+        if self.eval_only and not self.checkpoint:
+            raise UserError("--eval_only needs --checkpoint FOLDER")
+        self.train_options()  # the checks of the others
+
+    def train_options(self) -> TFTrainOptions:
+        """The same run in the options of train_tf.py."""
+        momentum = {"beta1" if self.optimizer == "Adafactor" else "momentum": self.momentum}
+        schedule, warmup = self.lr_schedule, self.warmup_steps
+        if self.disable_lr_schedule:
+            schedule, warmup = "constant", 0
+        return TFTrainOptions(
+            data=DataOptions(self.train_path, self.val_path, self.tokenizer, self.seq_len),
+            model=ModelOptions(
+                self.config_path or self.model_type, self.checkpoint,
+                gradient_checkpointing=self.gradient_checkpointing,
+            ),
+            optim=OptimOptions(
+                optimizer=self.optimizer, lr=self.lr, lr_schedule=schedule, warmup_steps=warmup,
+                weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm,
+                relative_update_scale=self.relative_update_scale, batch_size=self.batch_size,
+                grad_steps=self.grad_steps, epochs=self.epochs, max_steps=self.max_steps,
+                precision=self.precision, seed=self.seed, **momentum,
+            ),
+            report=ReportOptions(
+                self.save_dir, self.log_batches, self.eval_batches or self.save_batches,
+                self.save_batches, keep_last=self.keep_last, milestone_steps=self.milestone_steps,
+                max_minutes=self.max_minutes, wandb=self.wandb, tags=self.tags,
+            ),
+            eval_only=self.eval_only, device=self.device, n_devices=self.n_devices,
+            steps_per_call=self.steps_per_call, compile=self.compile, overwrite=self.overwrite,
+            debug=self.debug,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,18 @@ RUN_FILE, LOCK_FILE = "run.json", ".lock"
 PLAIN_SECONDS = 10.0  # between two progress lines in a log file
 
 
+def process_index() -> int:
+    """This process among several: torchrun sets RANK, a TensorFlow cluster has TF_CONFIG."""
+    if "RANK" in os.environ or "TF_CONFIG" not in os.environ:
+        return int(os.environ.get("RANK", "0"))
+    config = json.loads(os.environ["TF_CONFIG"])
+    task, n_chiefs = config.get("task", {}), len(config.get("cluster", {}).get("chief", ()))
+    return int(task.get("index", 0)) + (n_chiefs if task.get("type") == "worker" else 0)
+
+
 def is_main_process() -> bool:
-    """True in a single process and on process 0 of several (torchrun sets RANK)."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """True in a single process and on process 0 of several."""
+    return process_index() == 0
 
 
 class Progress:
@@ -116,7 +125,7 @@ def write(text: str) -> None:
 
 NOT_OF_THE_RUN = {  # options that may change between two starts of the same run
     "report", "sample", "eval", "eval_only", "compressors", "sample_only", "device", "compile",
-    "overwrite", "debug",
+    "n_devices", "steps_per_call", "overwrite", "debug",
 }  # fmt: skip
 
 

@@ -1,9 +1,12 @@
 """What a run is before any framework comes in: its tokenizer, rows, length and description."""
 
+import contextlib
+import ctypes
 import hashlib
 import json
 import math
 import secrets
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +17,7 @@ import numpy as np
 from .checkpoints import checkpoint_folders, find_checkpoint, find_config_folder
 from .corpus import cache_dir, describe_sources
 from .errors import UserError
-from .evaluation import TextTotals, table
+from .evaluation import TextTotals, table, text_metrics
 from .options import DEFAULT_TOKENIZER, DataOptions, ModelOptions, OptimOptions, TrainOptions
 from .packing import pack
 from .report import METRICS_FILE, environment, log, read_json_lines
@@ -217,6 +220,43 @@ def source_folder(model: ModelOptions) -> Path | None:
     return folder
 
 
+def source_config(model: ModelOptions) -> dict[str, Any]:
+    """The whole configuration of `--checkpoint` or `--config`, defaults included.
+
+    Raises:
+        UserError: unknown, or not a GPT-2 or ALGPT2.
+    """
+    from .configuration_algpt2 import ALGPT2Config
+
+    source = source_folder(model) or model.checkpoint
+    try:
+        return ALGPT2Config.from_pretrained(source).to_dict()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the configuration of {source}: {error}") from error
+
+
+def tokenizer_of(options: TrainOptions, manifest: Manifest) -> TextTokenizer | None:
+    """The tokenizer that shards were packed with, to keep with their checkpoints; None: unknown.
+
+    Raises:
+        UserError: `--tokenizer` is another one.
+    """
+    if options.data.tokenizer:
+        tokenizer = load_tokenizer(options.data.tokenizer)
+        if tokenizer.fingerprint != manifest.tokenizer_sha256:
+            raise UserError(
+                f"--tokenizer {options.data.tokenizer} is not the one that the shards were packed "
+                "with: expected that, or none"
+            )
+        return tokenizer
+    with contextlib.suppress(UserError):  # one that does not fit is none
+        tokenizer = choose_tokenizer(options.data, options.model)
+        if tokenizer.fingerprint == manifest.tokenizer_sha256:
+            return tokenizer
+    log("the tokenizer of the shards is not here: checkpoints will lack it; --tokenizer names it")
+    return None
+
+
 def count_steps(optim: OptimOptions, n_rows: int, seq_len: int) -> int:
     """Optimizer steps of the run: `--max_steps`, `--n_tokens` or `--epochs`."""
     rows_per_step = optim.batch_size * optim.grad_steps
@@ -329,3 +369,33 @@ def result_folder(model: ModelOptions) -> Path:
     if folder is None:
         return Path()
     return folder.parent if folder in checkpoint_folders(folder.parent) else folder
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory instead of handing each large tensor back to the kernel.
+
+    A small model's step on a CPU otherwise spends up to half its time in page faults of its
+    temporaries. No effect where the C library is not glibc.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def metrics_table(name: str, loss: float, totals: TextTotals) -> str:
+    """One line of what a checkpoint scores on a text, for people.
+
+    Args:
+        loss: nats per token.
+    """
+    metrics = text_metrics(loss, totals)
+    heading = ["", "loss (nats/token)", "ppl", "word ppl", "bits/byte"]
+    numbers = [
+        f"{metrics['val_loss']:.4f}", f"{metrics['val_ppl']:.2f}",
+        f"{metrics['val_word_ppl']:.2f}", f"{metrics['val_bpb']:.4f}",
+    ]  # fmt: skip
+    return table([heading, [name, *numbers]])

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from . import report
-from .errors import UserError
 from .options import SampleOptions, TrainOptions
+from .sampling import Rows, extend_texts
 from .tokenization_algpt2 import TextTokenizer
 
 
@@ -60,39 +60,24 @@ def sample_tokens(
     model: torch.nn.Module,
     tokenizer: TextTokenizer,
     options: SampleOptions,
-    start_id: int,
+    start_id: int | None = None,
     stream: "TextStream | None" = None,
-) -> list[list[int]]:
-    """`n_samples` lists of at most `max_length` ids, without the control code before and behind.
+) -> Rows:
+    """The token ids of the texts, by `generate` of transformers; see `extend_texts`."""
 
-    Past the model's context the window slides: the last `sliding_window_size` tokens stay as
-    context for the next window, so that only `max_length` bounds a text.
-
-    Raises:
-        UserError: a sliding window that is not smaller than the context.
-    """
-    ends, end = {*tokenizer.special_ids}, options.max_length + 1
-    prompt = [start_id, *tokenizer.encode_batch([options.prompt])[0].tolist()]
-    texts = [list(prompt) for _ in range(options.n_samples)]
-    context = getattr(model.config, "max_position_embeddings", None) or end
-    keep = options.sliding_window_size or context // 2
-    if keep >= context:
-        raise UserError(f"--sliding_window_size {keep}: expected less than the context, {context}")
-    if stream:
-        stream.add(prompt[1:])
-    while active := [t for t in texts if len(t) < end and (t[-1] not in ends or len(t) == 1)]:
-        length = len(active[0])  # all that have not ended are equally long
-        n_window = length if length < context else keep
-        window = torch.tensor([text[-n_window:] for text in active], device=model.device)
-        n_new = min(context - n_window, end - length)
+    def extend(rows: Rows, n_new: int) -> Rows:
+        window = torch.tensor(rows, device=model.device)
         flags = _flags(window, tokenizer, options) | {"streamer": stream}
-        more = model.generate(window, max_new_tokens=n_new, **flags)
-        for text, row in zip(active, more[:, n_window:].tolist(), strict=True):
-            stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-            text += row[:stop]
+        texts = model.generate(window, max_new_tokens=n_new, **flags)
+        return texts[:, window.shape[1] :].tolist()
+
+    if stream:
+        stream.add(tokenizer.encode_batch([options.prompt])[0].tolist())
+    context = getattr(model.config, "max_position_embeddings", None)
+    texts = extend_texts(extend, tokenizer, options, context, start_id)
     if stream:
         stream.finish()
-    return [t[1:-1] if t[-1] in ends and len(t) > 1 else t[1:] for t in texts]
+    return texts
 
 
 def _flags(window: Tensor, tokenizer: TextTokenizer, options: SampleOptions) -> dict[str, Any]:

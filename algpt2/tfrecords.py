@@ -167,9 +167,17 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return parse_manifest(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise UserError(f"{folder} holds no packed shards: it has no {MANIFEST_FILE}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: it is not JSON") from None
+
+
+def parse_manifest(text: str, path: str | Path) -> Manifest:
+    """The manifest in `text`, which was read from `path`; see `read_manifest`."""
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged: it is not JSON") from None
     version = content.get("format_version") if isinstance(content, dict) else FORMAT_VERSION
@@ -197,7 +205,7 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _from_json(cls: type[T], content: Any, path: Path) -> T:
+def _from_json(cls: type[T], content: Any, path: str | Path) -> T:
     """An instance of a dataclass whose fields have the declared types; numbers in `RANGES`."""
     if type(content) is not dict:
         raise UserError(f"{path} is damaged: expected an object, got {reprlib.repr(content)}")

@@ -5,12 +5,8 @@ step, so a checkpoint is weights, optimizer state and a step number.
 """
 
 import contextlib
-import ctypes
 import math
 import os
-import signal
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,12 +33,12 @@ from .checkpoints import (
 from .convert_pt import start_model
 from .errors import NonFiniteError, UserError, describe
 from .evaluation import text_metrics
+from .loop import Hooks, run_loop, step_lr_factor
 from .modeling_algpt2 import ALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TrainOptions
 from .report import RunReport, log
-from .runs import check_model_fits, peak_lr, starts_from_weights, text_totals
+from .runs import check_model_fits, keep_freed_memory, peak_lr, starts_from_weights, text_totals
 from .sampling_pt import sample_texts
-from .schedules import lr_factor
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer
 
@@ -138,21 +134,6 @@ def _dtype(optim: OptimOptions, device: torch.device) -> torch.dtype:
         return DTYPES[optim.precision]
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if has_bf16 else torch.float32  # CPUs without AMX: bf16 is 100x slower
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory instead of handing each large tensor back to the kernel.
-
-    A small model's step on a CPU otherwise spends up to half its time in page faults of its
-    temporaries. No effect where the C library is not glibc.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_max = -1, -4
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 # --- model ---------------------------------------------------------------------------------------
@@ -301,7 +282,7 @@ def build_optimizer(model: nn.Module, optim: OptimOptions, lr: float) -> Optimiz
 
         optimizers = [
             Adafactor(groups(list(parameters)), lr=lr, beta1=optim.beta1 or None,
-                      scale_parameter=False, relative_step=False)
+                      scale_parameter=optim.relative_update_scale, relative_step=False)
         ]  # fmt: skip
     else:
         embeddings = {
@@ -354,6 +335,11 @@ class Trainer:
             self.wrapped = DistributedDataParallel(self.wrapped)
         is_fp16 = self.processes.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=is_fp16)
+
+    @property
+    def peak_lr(self) -> float:
+        """Highest learning rate of the run."""
+        return self.optimizers.peak_lr
 
     @property
     def tokens_per_step(self) -> int:
@@ -429,14 +415,6 @@ def train_step(trainer: Trainer) -> tuple[float, float]:
     trainer.optimizers.step(trainer.scaler)
     trainer.step += 1
     return loss_value, norm
-
-
-def step_lr_factor(step: int, optim: OptimOptions, n_steps: int) -> float:
-    """`lr_factor` with the options of a run."""
-    return lr_factor(
-        step, schedule=optim.lr_schedule, n_steps=n_steps, warmup_steps=optim.warmup_steps,
-        min_lr_ratio=optim.min_lr_ratio, decay_ratio=optim.decay_ratio,
-    )  # fmt: skip
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -538,32 +516,6 @@ def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
 # --- the run -------------------------------------------------------------------------------------
 
 
-class StopSignal:
-    """SIGTERM and SIGINT ask for a stop after the current step; a second one exits at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.received is not None:
-            os._exit(128 + number)
-        self.received = number
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What `fit` calls between steps."""
-
-    tick: Callable[[float], None]  # after each step, with its loss
-    log: Callable[[dict[str, float]], None]  # a line of metrics
-    evaluate: Callable[[bool], dict[str, float]]  # validation metrics; True: the last time
-    save: Callable[[], None]
-    sample: Callable[[], None]
-    histograms: Callable[[], None]
-
-
 def make_hooks(
     trainer: Trainer, tokenizer: TextTokenizer, val_rows: PackedRows, run: dict[str, Any],
     report: RunReport,
@@ -571,8 +523,8 @@ def make_hooks(
     """The hooks of train_pt.py: validation, samples, checkpoints and reports of one run."""
     options, model = trainer.options, trainer.model
 
-    def tick(loss: float) -> None:
-        report.progress.update(1, f"loss {loss:.3f}")
+    def tick(n_steps: int, loss: float) -> None:
+        report.progress.update(n_steps, f"loss {loss:.3f}")
 
     def save() -> None:
         save_state(trainer, tokenizer, {key: run[key] for key in ("options", "data", "versions")})
@@ -598,74 +550,12 @@ def make_hooks(
 
 
 def fit(trainer: Trainer, hooks: Hooks) -> bool:
-    """Train to the last step; True when done, False when stopped early by a signal or the clock.
+    """Train to the last step; False when stopped early, with the state saved."""
 
-    The state is saved in both cases.
-    """
-    report, stop = trainer.options.report, StopSignal()
-    deadline_s = time.monotonic() + 60 * (report.max_minutes or math.inf)
-    eval_steps = report.eval_steps or max(1, trainer.n_steps // 10)
-    save_steps = report.save_steps or eval_steps
-    meter = Speedometer(trainer)
-    while trainer.step < trainer.n_steps:
-        loss, norm = train_step(trainer)
-        trainer.elapsed_s += meter.lap()
-        hooks.tick(loss)
-        step, last = trainer.step, trainer.step == trainer.n_steps
-        evaluated = hooks.evaluate(last) if last or step % eval_steps == 0 else {}
-        if evaluated or step % report.logging_steps == 0:
-            hooks.log(step_metrics(trainer, loss, norm, meter.tokens_per_s()) | evaluated)
-        if report.hist_steps and step % report.hist_steps == 0:
-            hooks.histograms()
-        if report.sample_steps and step % report.sample_steps == 0:
-            hooks.sample()
-        out_of_time = stop.received is not None or time.monotonic() > deadline_s
-        stopping = any_process(out_of_time, trainer.processes)
-        if last or stopping or step % save_steps == 0:
-            hooks.save()
-        if stopping and not last:
-            return False
-        meter.restart()
-    return True
+    def one_step(n: int) -> tuple[float, float]:
+        return train_step(trainer)
 
-
-class Speedometer:
-    """Training seconds, evaluations and checkpoints left out."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.seconds, self.first_step = trainer, 0.0, trainer.step
-        self.restart()
-
-    def restart(self) -> None:
-        """Start of a step."""
-        self.start_s = time.monotonic()
-
-    def lap(self) -> float:
-        """End of a step: its seconds."""
-        lap_s = time.monotonic() - self.start_s
-        self.seconds += lap_s
-        return lap_s
-
-    def tokens_per_s(self) -> float:
-        """Speed since the last call."""
-        n_steps = self.trainer.step - self.first_step
-        speed = n_steps * self.trainer.tokens_per_step / self.seconds
-        self.seconds, self.first_step = 0.0, self.trainer.step
-        return speed
-
-
-def step_metrics(trainer: Trainer, loss: float, norm: float, speed: float) -> dict[str, float]:
-    """The line of metrics.jsonl for the step just taken: its own loss in nats, lr, norm, speed."""
-    factor = step_lr_factor(trainer.step - 1, trainer.options.optim, trainer.n_steps)
-    return {
-        "step": trainer.step,
-        "tokens": trainer.step * trainer.tokens_per_step,
-        "loss": loss,
-        "lr": trainer.optimizers.peak_lr * factor,
-        "grad_norm": norm,
-        "tokens_per_s": speed,
-        "elapsed_s": trainer.elapsed_s,
-    }
+    return run_loop(trainer, hooks, one_step, lambda flag: any_process(flag, trainer.processes))
 
 
 def any_process(flag: bool, processes: Processes) -> bool:

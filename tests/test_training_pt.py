@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import golden
 import numpy as np
 import pytest
 import torch
@@ -223,3 +224,14 @@ def test_bf16_on_request_stays_close_to_float32():
         losses.append([train_step(trainer)[0] for _ in range(5)])
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_golden_losses():
+    model = ALGPT2LMHeadModel(ALGPT2Config(**golden.CONFIG))
+    arrays = golden.weights({name: tuple(p.shape) for name, p in model.named_parameters()})
+    model.load_state_dict({n: torch.from_numpy(a) for n, a in arrays.items()}, strict=False)
+    options = TrainOptions(optim=OptimOptions(**golden.OPTIM))
+    optimizers = build_optimizer(model, options.optim, options.optim.lr)
+    trainer = Trainer(model, optimizers, options, CPU, golden.Rows(), n_steps=10)
+    found = [train_step(trainer)[0] for _ in range(10)]
+    assert found == pytest.approx(golden.losses(), rel=1e-5)

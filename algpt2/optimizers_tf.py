@@ -1,0 +1,187 @@
+"""Keras' optimizers with the update of PyTorch's, so that a run can move between the two.
+
+Each class says where Keras differs. All of them decay matrices only, inside `update_step`, which is
+what the training step calls in every replica with gradients that are reduced and clipped already
+(Keras' `apply` would reduce them again). Where `ok` is False, gradients and learning rate are zero
+and no weight may change. `slots` are the states under PyTorch's names.
+"""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def decay_matrix(variable: Any, amount: tf.Tensor) -> None:
+    """Decoupled weight decay by `amount`, learning rate included; vectors are left alone."""
+    if len(variable.shape) >= 2:
+        variable.assign(variable * (1 - amount))
+
+
+def apply_adam(
+    variable: Any, m: Any, v: Any, gradient: tf.Tensor, lr: tf.Tensor, step: tf.Tensor,
+    betas: tuple[float, float], epsilon: float,
+) -> None:  # fmt: skip
+    """Adam (arXiv:1412.6980) in one kernel, an eighth of the time of one for each operation.
+
+    Args:
+        step: of this update, from 1.
+    """
+    powers = [tf.pow(tf.constant(beta, tf.float32), tf.cast(step, tf.float32)) for beta in betas]
+    # TensorFlow adds epsilon before the bias correction of the second moment, PyTorch behind it.
+    epsilon = epsilon * tf.sqrt(1 - powers[1])
+    tf.raw_ops.ResourceApplyAdam(
+        var=variable.handle, m=m.value.handle, v=v.value.handle, beta1_power=powers[0],
+        beta2_power=powers[1], lr=lr, beta1=betas[0], beta2=betas[1], epsilon=epsilon,
+        grad=gradient,
+    )  # fmt: skip
+
+
+class AdamW(keras.optimizers.AdamW):
+    """arXiv:1711.05101; epsilon is PyTorch's, added after the bias correction."""
+
+    @property
+    def slots(self) -> dict[str, list[Any]]:
+        return {"exp_avg": self._momentums, "exp_avg_sq": self._velocities}
+
+    def update_step(
+        self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor, ok: Any = True
+    ) -> None:
+        i = self._get_variable_index(variable)
+        decay_matrix(variable, learning_rate * self.weight_decay)
+        apply_adam(
+            variable, self._momentums[i], self._velocities[i], gradient, learning_rate,
+            self.iterations + 1, (self.beta_1, self.beta_2), self.epsilon,
+        )  # fmt: skip
+
+
+class SGD(keras.optimizers.SGD):
+    """The buffer holds gradients, not steps (a schedule acts on all of it); decay is L2."""
+
+    @property
+    def slots(self) -> dict[str, list[Any]]:
+        return {"momentum_buffer": self.momentums} if self.momentum else {}
+
+    def update_step(
+        self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor, ok: Any = True
+    ) -> None:
+        if len(variable.shape) >= 2:
+            gradient += self.weight_decay * variable
+        if self.momentum:
+            buffer = self.momentums[self._get_variable_index(variable)]
+            gradient += self.momentum * buffer
+            self.assign(buffer, gradient)
+        self.assign_sub(variable, learning_rate * gradient)
+
+
+class Muon(keras.optimizers.Muon):
+    """arXiv:2502.16982; the momentum is a mean of gradients, not a sum: the direction is the same.
+
+    What is no hidden matrix takes AdamW.
+    """
+
+    @property
+    def slots(self) -> dict[str, list[Any]]:
+        """A matrix has a `momentum_buffer`, the others have AdamW's."""
+        by_muon = [v is None for v in self.adam_velocities]
+        return {
+            "momentum_buffer": self._where(by_muon, self.momentums),
+            "exp_avg": self._where([not x for x in by_muon], self.momentums),
+            "exp_avg_sq": self.adam_velocities,
+        }
+
+    @staticmethod
+    def _where(flags: list[bool], variables: list[Any]) -> list[Any]:
+        return [v if flag else None for flag, v in zip(flags, variables, strict=True)]
+
+    def update_step(
+        self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor, ok: Any = True
+    ) -> None:
+        i = self._get_variable_index(variable)
+        decay_matrix(variable, learning_rate * self.weight_decay)
+        buffer, velocity = self.momentums[i], self.adam_velocities[i]
+        if velocity is not None:
+            betas = (self.adam_beta_1, self.adam_beta_2)
+            step = self.iterations + 1
+            apply_adam(
+                variable, buffer, velocity, gradient, learning_rate, step, betas, self.epsilon
+            )
+            return
+        rest = (1 - self.momentum) * gradient
+        mean = self.momentum * buffer + rest
+        self.assign(buffer, mean)
+        update = self.zeropower_via_newtonschulz5(self.momentum * mean + rest, self.ns_steps)
+        self.assign_sub(variable, self.lr_adjust(learning_rate * update))
+
+
+class Adafactor(keras.optimizers.Optimizer):
+    """arXiv:1804.04235 with a first moment, which Keras' lacks, and without its full second one.
+
+    Args:
+        beta_1: of the first moment; 0: none is kept.
+        relative_scale: the learning rate is relative to the RMS of each weight.
+    """
+
+    def __init__(
+        self, learning_rate: float, weight_decay: float, beta_1: float, relative_scale: bool
+    ) -> None:
+        super().__init__(learning_rate, weight_decay=weight_decay)
+        self.beta_1, self.relative_scale = beta_1, relative_scale
+
+    def build(self, variables: list[Any]) -> None:
+        if self.built:
+            return
+        super().build(variables)
+        self._slots: dict[str, list[Any]] = {
+            "exp_avg": [], "exp_avg_sq_row": [], "exp_avg_sq_col": [], "exp_avg_sq": [],
+        }  # fmt: skip
+        for variable in variables:
+            shape, name = tuple(variable.shape), variable.name
+            is_matrix = len(shape) >= 2
+            shapes = {
+                "exp_avg": shape if self.beta_1 else None,
+                "exp_avg_sq_row": shape[:-1] if is_matrix else None,
+                "exp_avg_sq_col": (*shape[:-2], shape[-1]) if is_matrix else None,
+                "exp_avg_sq": None if is_matrix else shape,
+            }
+            for slot, size in shapes.items():
+                new = None if size is None else self.add_variable(size, name=f"{name}.{slot}")
+                self._slots[slot].append(new)
+
+    @property
+    def slots(self) -> dict[str, list[Any]]:
+        return self._slots
+
+    def update_step(
+        self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor, ok: Any = True
+    ) -> None:
+        i = self._get_variable_index(variable)
+        mean, row, column, full = (variables[i] for variables in self._slots.values())
+        lr = learning_rate
+        if self.relative_scale:
+            lr *= tf.maximum(1e-3, rms(variable))
+        keep = 1 - tf.pow(tf.cast(self.iterations + 1, tf.float32), -0.8)
+        square = gradient * gradient + 1e-30
+        if row is not None:
+            rows = keep * row + (1 - keep) * tf.reduce_mean(square, -1)
+            columns = keep * column + (1 - keep) * tf.reduce_mean(square, -2)
+            self.assign(row, rows)
+            self.assign(column, columns)
+            shares = rows / tf.reduce_mean(rows, -1, keepdims=True)
+            update = gradient * tf.math.rsqrt(shares)[..., None]
+            update *= tf.math.rsqrt(columns)[..., None, :]
+        else:
+            squares = keep * full + (1 - keep) * square
+            self.assign(full, squares)
+            update = gradient * tf.math.rsqrt(squares)
+        update *= lr / tf.maximum(1.0, rms(update))
+        if mean is not None:
+            update = self.beta_1 * mean + (1 - self.beta_1) * update
+            self.assign(mean, update)
+        decay_matrix(variable, lr * self.weight_decay)
+        self.assign_sub(variable, tf.where(ok, update, 0.0))
+
+
+def rms(x: Any) -> tf.Tensor:
+    """Root of the mean of squares."""
+    return tf.sqrt(tf.reduce_mean(tf.square(x)))

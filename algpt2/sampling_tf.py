@@ -1,0 +1,92 @@
+"""Text from the Keras model: batched, seeded, with a KV cache, as long as one likes."""
+
+import numpy as np
+import tensorflow as tf
+
+from .modeling_tf_algpt2 import Cache, TFALGPT2LMHeadModel
+from .options import SampleOptions
+from .sampling import Rows, extend_texts
+from .tokenization_algpt2 import TextTokenizer
+
+
+def sample_texts(
+    model: TFALGPT2LMHeadModel,
+    tokenizer: TextTokenizer,
+    options: SampleOptions,
+    seed: int,
+    *,
+    code: str | None = None,
+) -> list[str]:
+    """`n_samples` texts that start with the prompt and end at end-of-text or `max_length`.
+
+    Args:
+        code: control code that stands before the prompt; None: end-of-text.
+    """
+    start_id = None if code is None else tokenizer.token_to_id(code)
+    rows = sample_tokens(model, tokenizer, options, seed, start_id)
+    return [tokenizer.decode(row) for row in rows]
+
+
+def sample_tokens(
+    model: TFALGPT2LMHeadModel,
+    tokenizer: TextTokenizer,
+    options: SampleOptions,
+    seed: int = 0,
+    start_id: int | None = None,
+) -> Rows:
+    """The token ids of the texts; see `extend_texts`."""
+    draw, ends = np.random.default_rng(seed), [*tokenizer.special_ids]
+
+    @tf.function(reduce_retracing=True)
+    def first(ids: tf.Tensor) -> tuple[tf.Tensor, Cache]:
+        output = model(ids, use_cache=True)
+        return output.logits[:, -1], output.past_key_values
+
+    @tf.function(reduce_retracing=True)
+    def following(ids: tf.Tensor, past: Cache) -> tuple[tf.Tensor, Cache]:
+        output = model(ids, past_key_values=past, use_cache=True)
+        return output.logits[:, -1], output.past_key_values
+
+    def extend(rows: Rows, n_new: int) -> Rows:
+        ids = np.array(rows, np.int32)
+        logits, past = first(tf.constant(ids))
+        ended = np.zeros(len(ids), bool)
+        for i in range(n_new):
+            new = choose_tokens(logits.numpy().astype(np.float64), ids, options, draw)
+            ids = np.concatenate([ids, new[:, None]], 1)
+            ended |= np.isin(new, ends)
+            if ended.all() or i == n_new - 1:
+                break
+            logits, past = following(tf.constant(ids[:, -1:]), past)
+        return ids[:, len(rows[0]) :].tolist()
+
+    return extend_texts(extend, tokenizer, options, model.config.n_positions, start_id)
+
+
+def choose_tokens(
+    logits: np.ndarray, ids: np.ndarray, options: SampleOptions, draw: np.random.Generator
+) -> np.ndarray:
+    """The next id of each row, (B,), by transformers' rules in transformers' order.
+
+    Args:
+        logits: (B, V), changed in place.
+        ids: (B, T) of the window so far.
+    """
+    if options.repetition_penalty != 1:
+        seen = np.take_along_axis(logits, ids, 1)
+        penalty = options.repetition_penalty
+        seen = np.where(seen < 0, seen * penalty, seen / penalty)
+        np.put_along_axis(logits, ids, seen, 1)
+    if not options.do_sample:
+        return logits.argmax(1)
+    logits /= options.temperature
+    order = np.argsort(-logits, 1, kind="stable")
+    ranked = np.take_along_axis(logits, order, 1)
+    p = np.exp(ranked - ranked[:, :1])
+    if options.top_k:
+        p[:, options.top_k :] = 0
+    p /= p.sum(1, keepdims=True)
+    p[np.cumsum(p, 1) - p >= options.top_p] = 0  # the first is always kept
+    ends = np.cumsum(p, 1)
+    places = (ends < draw.random((len(p), 1)) * ends[:, -1:]).sum(1)
+    return np.take_along_axis(order, places[:, None], 1)[:, 0]

@@ -1,0 +1,352 @@
+"""train_tfrecords.py: the order of the rows, bad shards, one process and several workers."""
+
+import collections
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import make_tfrecords
+import train_tfrecords
+from algpt2 import tpu
+from algpt2.errors import EXIT_STOPPED, UserError
+from algpt2.input_tf import ShardInputs, check_shards, find_shards, host_rows, parse_rows
+from algpt2.options import OptimOptions, TFTrainOptions
+from algpt2.tfrecords import open_rows, record_dtype
+from algpt2.training_tf import Processes
+
+ROOT = Path(train_tfrecords.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def packed(corpus, tokenizer_folder, config_folder, tmp_path_factory):
+    """Shards of 16 tokens a row: train/ (4 files), val/ (2), and a config without dropout."""
+    folder = tmp_path_factory.mktemp("packed")
+    for split, name, n in (("train", "train", 5), ("valid", "val", 2)):
+        make_tfrecords.main([
+            f"--path={corpus / split}", f"--save_path={folder / name}", "--seq_len=16",
+            f"--tokenizer={tokenizer_folder}", f"--files_per_tfrecord={n}",
+        ])  # fmt: skip
+    config = json.loads((config_folder / "config.json").read_text())
+    config |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    (folder / "config").mkdir()
+    (folder / "config" / "config.json").write_text(json.dumps(config))
+    shutil.copytree(tokenizer_folder, folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def copied(packed, tmp_path):
+    """Shards that a test may damage."""
+    return Path(shutil.copytree(packed / "train", tmp_path / "train"))
+
+
+@pytest.fixture
+def flags(packed, tmp_path):
+    """A run of six steps, evaluation and checkpoint at steps 3 and 6."""
+
+    def make(save_dir="run", **changes):
+        options = {
+            "train_path": packed / "train", "val_path": packed / "val", "batch_size": 8,
+            "config_path": packed / "config", "tokenizer": packed / "tokenizer", "lr": 1e-2,
+            "warmup_steps": 2, "max_steps": 6, "save_batches": 3, "log_batches": 1,
+            "device": "cpu", "save_dir": tmp_path / save_dir,
+        } | changes  # fmt: skip
+        return [f"--{name}={value}" for name, value in options.items() if value is not None]
+
+    return make
+
+
+def metrics(save_dir, *names):
+    lines = [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
+    return [[line.get(name) for name in names] for line in lines]
+
+
+def final_bytes(save_dir, step=6):
+    folder = save_dir / f"checkpoint-{step:08}"
+    return [(folder / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
+
+
+# --- the order of the rows -----------------------------------------------------------------------
+
+
+def read(shards, n, host=0, n_hosts=1, seed=7, first_row=0):
+    """`n` rows of a host as tuples."""
+    rows = host_rows(shards, host, n_hosts, seed, first_row).batch(n).take(1)
+    (tokens,) = (parse_rows(batch, shards.manifest) for batch in rows)
+    return [tuple(row) for row in tokens.numpy().tolist()]
+
+
+def test_every_epoch_has_every_row_once_in_another_order(packed):
+    shards, expected = (
+        find_shards("--train_path", [str(packed / "train")]),
+        open_rows(packed / "train"),
+    )
+    n = len(expected)
+    stored = collections.Counter(map(tuple, expected[np.arange(n)].tolist()))
+    rows = read(shards, 2 * n)
+    first, second = rows[:n], rows[n:]
+    assert collections.Counter(first) == collections.Counter(second) == stored
+    assert first != second
+    assert first == read(shards, n)
+    assert first != read(shards, n, seed=8)
+    in_order = [tuple(row) for row in expected[np.arange(n)].tolist()]
+    near = sum(in_order.index(a) + 1 == in_order.index(b) for a, b in zip(first, first[1:]))  # noqa: B905, RUF007
+    assert near < n / 10
+
+
+@pytest.mark.parametrize("n_hosts", [2, 4])
+def test_a_batch_has_the_same_rows_for_any_number_of_hosts(packed, n_hosts):
+    shards = find_shards("--train_path", [str(packed / "train")])
+    n = 3 * shards.manifest.n_rows // 2 // 8 * 8
+    one, per_host = read(shards, n), 8 // n_hosts
+    several = [read(shards, n // n_hosts, host, n_hosts) for host in range(n_hosts)]
+    for step in range(n // 8):
+        batch = [row for rows in several for row in rows[step * per_host : (step + 1) * per_host]]
+        assert sorted(batch) == sorted(one[8 * step : 8 * (step + 1)])
+
+
+def test_continuing_skips_to_the_very_row(packed):
+    shards = find_shards("--train_path", [str(packed / "train")])
+    n = shards.manifest.n_rows
+    rows = read(shards, 2 * n + 9)
+    for first in (1, n // 2, n - 1, n, 2 * n + 5):
+        assert read(shards, 4, first_row=first) == rows[first : first + 4]
+
+
+def test_a_step_has_its_tokens_wherever_a_call_begins(packed):
+    shards = find_shards("--train_path", [str(packed / "train")])
+    processes = Processes(0, 1, tf.distribute.get_strategy(), "float32")
+
+    def inputs(steps_per_call):
+        optim = OptimOptions(batch_size=4, grad_steps=2)
+        return ShardInputs(
+            shards, TFTrainOptions(optim=optim, steps_per_call=steps_per_call), processes
+        )
+
+    single, several = inputs(1), inputs(3)
+    steps = [single.take(step)[0][0].numpy() for step in range(9)]
+    assert steps[0].shape == (2, 4, 17)
+    for step in (0, 1, 2, 3, 5, 8, 4, 5, 0):  # forwards, with gaps, and back
+        tokens, place = several.take(step)
+        assert np.array_equal(tokens[place], steps[step]), step
+
+
+# --- bad shards ----------------------------------------------------------------------------------
+
+
+def test_shards_are_found_by_folder_pattern_or_list(packed):
+    folder = str(packed / "train")
+    by_list = [f"{folder}/{i}.tfrecord" for i in range(4)]
+    found = [
+        find_shards("--train_path", paths)
+        for paths in ([folder], [folder + "/"], [f"{folder}/*.tfrecord"], by_list, [f"{folder}/*"])
+    ]
+    assert all(shards == found[0] for shards in found)
+    assert found[0].files == by_list
+
+
+def test_patterns_and_manifests_that_do_not_fit_are_named(copied):
+    def refuse(message, *paths):
+        with pytest.raises(UserError, match=message):
+            find_shards("--train_path", paths or [str(copied)])
+
+    refuse(r"--train_path .*/none\*\.tfrecord matches no file", f"{copied}/none*.tfrecord")
+    refuse("matches no file", f"{copied}/0.tfrecord", f"{copied}/9.tfrecord")
+    refuse(r"left out \['1.tfrecord'", f"{copied}/0.tfrecord")
+    (copied / "more.tfrecord").write_bytes(b"")
+    refuse(r"not in it \['more.tfrecord'\]", f"{copied}/*.tfrecord")
+    with (copied / "2.tfrecord").open("ab") as file:
+        file.write(b"more")
+    refuse(r"2\.tfrecord is damaged: it has \d+ bytes")
+    (copied / "2.tfrecord").unlink()
+    refuse(r"2\.tfrecord is missing")
+    (copied / "manifest.json").write_text("{")
+    refuse("manifest.json is damaged: it is not JSON")
+    (copied / "manifest.json").unlink()
+    refuse(r"has no manifest.json", f"{copied}/0.tfrecord")
+
+
+def test_shards_that_do_not_fit_hosts_or_model_are_refused(packed):
+    shards = find_shards("--train_path", [str(packed / "train")])
+    config = {"vocab_size": 300, "n_positions": 32}
+
+    def refuse(message, n_hosts=1, seq_len=None, exact=True, **keys):
+        with pytest.raises(UserError, match=message):
+            check_shards("--train_path", shards, n_hosts, seq_len, config | keys, exact)
+
+    check_shards("--train_path", shards, 2, 16, config, True)
+    check_shards("--train_path", shards, 4, None, config | {"vocab_size": 304}, False)
+    refuse("4 shards for 8 hosts: expected a multiple of 8.*--files_per_tfrecord 2 gives 10", 8)
+    refuse("rows of 16 tokens, expected 32: pass --seq_len 16", seq_len=32)
+    refuse("packed with 300 entries and the model has 304", vocab_size=304)
+    refuse("packed with 300 entries and the model has 299", vocab_size=299, exact=False)
+    refuse("rows of 16 tokens do not fit the model's 8 positions", n_positions=8)
+
+
+@pytest.mark.parametrize("place", ["length", "head", "tokens", "crc"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_corrupt_record_is_named_with_shard_and_row(packed, flags, tmp_path, place, split):
+    folder = Path(shutil.copytree(packed / split, tmp_path / split))
+    path = folder / "1.tfrecord"
+    data, size = bytearray(path.read_bytes()), record_dtype(16, "uint16").itemsize
+    at = {"length": 1, "head": 20, "tokens": 40, "crc": size - 1}[place]
+    data[5 * size + at] ^= 64
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"1\.tfrecord: row 5 is corrupt"):
+        train_tfrecords.main(flags(**{f"{split}_path": folder}, max_steps=100, save_batches=40))
+
+
+# --- where it trains -----------------------------------------------------------------------------
+
+
+class Client:
+    """Google's client of a pod that becomes healthy, or does not, or is not there."""
+
+    def __init__(self, name):
+        if name == "nowhere":
+            raise ConnectionError("metadata.google.internal: Name or service not known")
+        self.name = name
+
+    def wait_for_healthy(self, timeout_s, interval):
+        assert timeout_s == tpu.HEALTHY_SECONDS
+        if self.name == "broken":
+            raise RuntimeError(f'Timed out waiting for TPU "{self.name}" to become healthy')
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "Cloud TPU API is not available.*Name or service not known.*--tpu none"),
+        ("broken", "cannot be reached.*Timed out.*gcloud compute tpus tpu-vm list"),
+        ("mine", "--tpu mine cannot be initialized.*TPU host"),
+        ("local", "--tpu local cannot be initialized.*TPU host"),
+    ],
+)
+def test_a_tpu_that_cannot_be_used_is_one_sentence(monkeypatch, flags, name, message):
+    import cloud_tpu_client
+
+    monkeypatch.setattr(cloud_tpu_client, "Client", Client)
+    monkeypatch.setattr(
+        tf.distribute.cluster_resolver, "TPUClusterResolver", lambda tpu: no_tpu(tpu)
+    )
+    with pytest.raises(UserError, match=message):
+        train_tfrecords.main(flags(tpu=name))
+
+
+def no_tpu(tpu):
+    raise ValueError("no TPU devices")
+
+
+# --- a run ---------------------------------------------------------------------------------------
+
+
+def test_a_run_continues_exactly_and_is_evaluated(flags, packed, tmp_path, capsys):
+    train_tfrecords.main(flags("straight"))
+    restarts = 0
+    stopped = flags("stopped", max_minutes=1e-9, steps_per_call=2)
+    while train_tfrecords.main(stopped) == EXIT_STOPPED:
+        restarts += 1
+    assert restarts == 5  # every step is logged, so a call takes one
+    assert final_bytes(tmp_path / "straight") == final_bytes(tmp_path / "stopped")
+    names = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss")
+    assert metrics(tmp_path / "straight", *names) == metrics(tmp_path / "stopped", *names)
+    waits = [wait for (wait,) in metrics(tmp_path / "straight", "input_wait")]
+    assert all(0 <= wait < 1 for wait in waits) and any(waits)
+    assert (tmp_path / "straight" / "checkpoint-00000006" / "tokenizer.json").exists()
+    capsys.readouterr()
+    train_tfrecords.main(flags("straight"))
+    assert "already done" in capsys.readouterr().out
+    more = {"eval_only": True, "checkpoint": tmp_path / "straight", "config_path": None}
+    arguments = [flag for flag in flags(**more) if "eval_only" not in flag]
+    train_tfrecords.main([*arguments, "--eval_only"])
+    names = ("val_loss", "val_ppl", "val_word_ppl", "val_bpb")
+    loss, ppl, word_ppl, bits = metrics(tmp_path / "straight", *names)[-1]
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("straight ")]
+    assert line.split()[1:] == [f"{loss:.4f}", f"{ppl:.2f}", f"{word_ppl:.2f}", f"{bits:.4f}"]
+
+
+def test_the_command_of_the_project(packed, tmp_path):
+    """SEED's flags as they are written there; only sizes and paths are small."""
+    command = (
+        "--tpu none --seq_len 16 --batch_size 8 --train_len 16 --warmup_steps 1 --model_type algpt2"
+        f" --config_path {packed / 'config'} --epochs 1 --momentum 0 --relative_update_scale"
+        f" --disable_lr_schedule --optimizer Adafactor --lr 1e-2 --tags a b --log_batches 1"
+        f" --train_path {' '.join(str(packed / 'train' / f'{i}.tfrecord') for i in range(4))}"
+        f" --val_path {packed / 'val' / '0.tfrecord'} {packed / 'val' / '1.tfrecord'}"
+    )
+    train_tfrecords.main([*command.split(), f"--save_dir={tmp_path / 'run'}", "--device=cpu"])
+    assert metrics(tmp_path / "run", "step", "lr") == [[1, 1e-2], [2, 1e-2]]
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    optim = run["options"]["optim"]
+    assert (optim["beta1"], optim["relative_update_scale"]) == (0, True)
+
+
+# --- several workers -----------------------------------------------------------------------------
+
+
+def start_workers(n, arguments):
+    """`n` processes on loopback that train together."""
+    sockets = [socket.socket() for _ in range(n)]
+    for one in sockets:
+        one.bind(("localhost", 0))
+    cluster = {"worker": [f"localhost:{one.getsockname()[1]}" for one in sockets]}
+    for one in sockets:
+        one.close()
+    return [
+        subprocess.Popen(
+            [sys.executable, "train_tfrecords.py", *arguments], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env=os.environ | {"TF_CONFIG": json.dumps(
+                {"cluster": cluster, "task": {"type": "worker", "index": i}}
+            )},
+        )
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def finish(workers):
+    outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    return [worker.returncode for worker in workers], outputs
+
+
+def test_workers_give_one_process_losses_also_after_one_is_killed(flags, tmp_path):
+    few = {"max_steps": 30, "save_batches": 10}
+    train_tfrecords.main(flags("one", **few))
+    codes, outputs = finish(start_workers(2, flags("two", **few)))
+    assert codes == [0, 0], outputs
+    assert not outputs[1]  # process 0 speaks for all
+    one, two = (metrics(tmp_path / name, "step", "tokens", "loss") for name in ("one", "two"))
+    assert len(one) == len(two) == 30
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+    workers = start_workers(2, flags("killed", **few))
+    path = tmp_path / "killed" / "metrics.jsonl"
+    while not (path.exists() and path.read_text().count("\n") > 12):
+        assert all(worker.poll() is None for worker in workers)
+        time.sleep(0.02)
+    workers[1].send_signal(signal.SIGKILL)
+    codes, outputs = finish(workers)
+    assert codes == [EXIT_STOPPED, -signal.SIGKILL], outputs
+    assert "run the same command again, on all workers" in outputs[0]
+    codes, outputs = finish(start_workers(2, flags("killed", **few)))
+    assert codes == [0, 0], outputs
+    assert "continuing at step" in outputs[0]
+    assert final_bytes(tmp_path / "killed", 30) == final_bytes(tmp_path / "two", 30)
+
+
+def test_an_error_of_process_0_is_every_workers(flags, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    codes, _ = finish(start_workers(2, flags()))
+    assert codes == [2, 2]

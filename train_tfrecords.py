@@ -1,0 +1,93 @@
+"""Pretrain GPT-2 or ALGPT2 from TFRecord shards: on a TPU pod, on GPUs, on several machines, here.
+
+    python3 train_tfrecords.py --train_path shards/train --val_path shards/val --batch_size 8
+    python3 train_tfrecords.py --tpu algpt2pod --seq_len 1024 --batch_size 512 --epochs 60 \\
+        --warmup_steps 10000 --model_type algpt2 --config_path ./algpt2/algpt2/ \\
+        --train_path gs://BUCKET/train/*.tfrecord --val_path gs://BUCKET/val/*.tfrecord
+    python3 train_tfrecords.py --tpu local ...     # on the one host of a TPU
+    TF_CONFIG='{"cluster": {"worker": ["a:2222", "b:2222"]}, "task": {"type": "worker", \\
+        "index": 0}}' python3 train_tfrecords.py ...           # the same on every worker
+    python3 train_tfrecords.py --checkpoint runs/tfrecords --eval_only --val_path shards/val
+
+Repeat a command (on every worker) and the run continues where it stopped; a finished run says so.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from algpt2.errors import EXIT_STOPPED, run_script
+from algpt2.options import TFRecordOptions, parse
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """Train or evaluate as the options say; returns the exit code."""
+    options = parse(TFRecordOptions, argv)
+    return evaluate_only(options) if options.eval_only else train(options)
+
+
+def train(flags: TFRecordOptions) -> int | None:
+    """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
+    from algpt2 import input_tf, report, runs, training_tf
+
+    # 1. Devices, and shards that fit them and the model
+    options = flags.train_options()
+    processes = training_tf.start_processes(options, flags.tpu)
+    config, exact = runs.source_config(options.model), not flags.checkpoint
+    shards = input_tf.find_shards("--train_path", flags.train_path)
+    val_shards = input_tf.find_shards("--val_path", flags.val_path)
+    n_hosts = processes.n_hosts
+    input_tf.check_shards("--train_path", shards, n_hosts, flags.seq_len, config, exact)
+    input_tf.check_shards("--val_path", val_shards, 1, flags.seq_len, config, exact)
+    tokenizer = runs.tokenizer_of(options, shards.manifest)
+    inputs = input_tf.ShardInputs(shards, options, processes)
+    val_rows = input_tf.FileRows(val_shards)
+
+    # 2. The run: new, or the continuation of the one in save_dir
+    n_rows = flags.train_len or shards.manifest.n_rows
+    if n_rows != shards.manifest.n_rows:
+        report.log(f"--train_len {n_rows:,}: the shards hold {shards.manifest.n_rows:,} rows")
+    n_steps = runs.count_steps(options.optim, n_rows, inputs.seq_len)
+    run = runs.describe_run(options, shards.manifest, val_shards.manifest, n_steps)
+    save_dir = Path(flags.save_dir)
+    with report.locked(save_dir):
+        run, checkpoint = training_tf.open_run(save_dir, run, options.overwrite, processes)
+
+        # 3. Model and optimizer, in the state of the checkpoint
+        trainer = training_tf.build_trainer(
+            options, tokenizer, inputs, processes, n_steps, checkpoint
+        )
+        run |= runs.describe_model(trainer.model, inputs.seq_len)
+        report.log(runs.summary(run, trainer.step))
+        if trainer.step >= n_steps:
+            return None
+
+        # 4. Train
+        with report.RunReport(save_dir, run, trainer.step, options.report) as run_report:
+            hooks = training_tf.make_hooks(trainer, tokenizer, val_rows, run, run_report)
+            done = training_tf.fit(trainer, hooks)
+    report.log(f"{'done' if done else 'stopped'} at step {trainer.step}: {save_dir}")
+    return None if done else EXIT_STOPPED
+
+
+def evaluate_only(flags: TFRecordOptions) -> None:
+    """Print and save one table of loss, perplexities and bits per byte of a checkpoint."""
+    from algpt2 import input_tf, report, runs, training_tf
+
+    options = flags.train_options()
+    processes = training_tf.start_processes(options, flags.tpu)
+    shards = input_tf.find_shards("--val_path", flags.val_path)
+    with processes.strategy.scope():
+        model = training_tf.build_model(options.model, None, None, processes.dtype)
+    config = model.config.to_dict()
+    input_tf.check_shards("--val_path", shards, 1, flags.seq_len, config, exact=False)
+    rows = input_tf.FileRows(shards)
+    with report.Progress("evaluate", total=len(rows), unit="row") as progress:
+        batch_size = options.optim.batch_size
+        loss = training_tf.evaluate(model, rows, processes, batch_size, tick=progress.update)
+    if processes.rank == 0:
+        name = Path(str(options.model.checkpoint)).name
+        report.log(runs.metrics_table(name, loss, runs.text_totals(rows.manifest)))
+
+
+if __name__ == "__main__":
+    run_script(main)
