@@ -320,7 +320,7 @@ def finish(workers):
 
 
 def test_workers_give_one_process_losses_also_after_one_is_killed(flags, tmp_path):
-    few = {"max_steps": 30, "save_batches": 10}
+    few = {"max_steps": 30, "save_batches": 10, "optimizer": "AdamW", "lr": 3e-3}
     train_tfrecords.main(flags("one", **few))
     codes, outputs = finish(start_workers(2, flags("two", **few)))
     assert codes == [0, 0], outputs
