@@ -155,11 +155,15 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON so that `path` is there whole or not at all, also after a power cut."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+        file.write(json_text(value))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def json_text(value: Any) -> str:
+    """The very text that `write_json` writes."""
+    return json.dumps(value, indent=2) + "\n"
 
 
 def changed_options(

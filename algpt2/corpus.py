@@ -20,9 +20,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .docstrings import SPLITS, cache_dir, hash_fraction, package_versions, read_docstrings
 from .errors import UserError
@@ -36,6 +36,8 @@ __all__ = [
     "first_bytes",
     "hash_fraction",
     "list_parts",
+    "no_document",
+    "read_parts",
 ]
 
 # What a folder is searched for; .json is left to the command line, as it is often configuration.
@@ -79,6 +81,16 @@ class CorpusReport:
         if self.other_files:
             parts.append(f"{self.other_files.total():,} other files not read ({self._others()})")
         return ", ".join(parts)
+
+    def add(self, other: "CorpusReport | dict[str, Any]") -> None:
+        """Add what another stream, or its `asdict`, came to."""
+        for field_ in fields(self):
+            value = other[field_.name] if isinstance(other, dict) else getattr(other, field_.name)
+            mine = getattr(self, field_.name)
+            if isinstance(mine, Counter):
+                mine.update(value)
+            else:
+                setattr(self, field_.name, mine + value)
 
     def _others(self) -> str:
         named = [f"{suffix or 'no suffix'}: {n:,}" for suffix, n in self.other_files.most_common(5)]
@@ -126,22 +138,44 @@ def _stream(
     text_key: str,
     report: CorpusReport,
 ) -> Iterator[str]:
-    left = n_files
-    found = False
-    for part in list_parts(sources, report):
+    before = report.documents
+    yield from read_parts(
+        list_parts(sources, report),
+        line_by_line=line_by_line,
+        text_key=text_key,
+        limit=n_files,
+        report=report,
+    )
+    if report.documents == before:
+        raise no_document(sources, report)
+
+
+def no_document(sources: Sequence[str], report: CorpusReport) -> UserError:
+    """The error of a corpus that was read and has no document."""
+    return UserError(f"no document in {', '.join(sources)}: {report.summary()}")
+
+
+def read_parts(
+    parts: Iterable[Part],
+    *,
+    line_by_line: bool = False,
+    text_key: str = "text",
+    limit: int | None = None,
+    report: CorpusReport,
+) -> Iterator[str]:
+    """The documents of some parts; at most `limit` files, or documents where there are none."""
+    left = limit
+    for part in parts:
         if left == 0:
             break
         report.files += part.is_file
         n_read = 0
         texts = _clean(READERS[part.kind](part.name, text_key, line_by_line), line_by_line, report)
         for text in itertools.islice(texts, None if part.is_file else left):
-            found = True
             n_read += 1
             yield text
         if left is not None:
             left -= 1 if part.is_file else n_read
-    if not found:
-        raise UserError(f"no document in {', '.join(sources)}: {report.summary()}")
 
 
 def _clean(
@@ -162,9 +196,25 @@ def _clean(
             report.undecodable += 1
         report.documents += 1
         report.text_bytes += n_bytes
-        report.words += len(text.split())
+        report.words += count_words(text)
         report.line_ends += text.count("\n")
         yield text
+
+
+# Runs of what `str.split` takes for white space are found in bytes, twice as fast as by splitting.
+_ASCII_SPACE = bytes(0x20 if chr(byte).isspace() and byte < 128 else 0x78 for byte in range(256))
+_OTHER_SPACE = re.compile("[\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
+
+
+def count_words(text: str) -> int:
+    """len(text.split()) without the list."""
+    if not text.isascii() and _OTHER_SPACE.search(text):
+        return sum(1 for _ in _WORD.finditer(text))
+    marks = text.encode().translate(_ASCII_SPACE)
+    return marks.count(b" x") + marks.startswith(b"x")
+
+
+_WORD = re.compile(r"\S+")
 
 
 def _lines(text: str | None) -> list[str]:

@@ -17,6 +17,8 @@ from .errors import UserError
 
 Options = TypeVar("Options")
 
+DEFAULT_TOKENIZER = "algpt2-tokenizer"
+
 
 def parse(
     cls: type[Options], argv: Sequence[str] | None = None, *, prog: str | None = None
@@ -90,9 +92,10 @@ class PackOptions:
 
     path: tuple[str, ...] = ("docs:train",)  # folder, file, glob, hf:NAME[:SPLIT] or docs:
     save_path: str = "runs/shards"  # folder to write: 0.tfrecord ... and manifest.json
-    tokenizer: str = "algpt2-tokenizer"  # folder, or name of a tokenizer
+    tokenizer: str | None = None  # folder, or name of a tokenizer; default: algpt2-tokenizer
     seq_len: int = 256  # tokens that a row predicts; its record holds one more
     files_per_tfrecord: int = 500_000  # documents per shard; shards hold equal numbers of rows
+    n_shards: int | None = None  # so many shards (for a pod: a multiple of its hosts)
     use_control_codes: bool = True  # each document starts with the first control code
     control_codes: tuple[str, ...] = ("<|endoftext|>",)  # the tokenizer must have them all
     n_examples: int | None = None  # write at most this many rows
@@ -100,12 +103,21 @@ class PackOptions:
     line_by_line: bool = False  # each line is a document
     n_files: int | None = None  # read at most this many files (tables: parquet, jsonl count as one)
     text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
-    seed: int = 42  # without effect: documents keep the order of the corpus, trainers shuffle rows
+    dedup: bool = False  # leave out documents whose text was met before
+    valid_fraction: float = 0.0  # share of documents (by hash) for save_path/valid, beside train
+    shuffle_documents: bool = False  # order the documents by --seed; trainers shuffle rows anyhow
+    seed: int = 42  # of --shuffle_documents
+    workers: int | None = None  # processes; default: as many as cores; the bytes are the same
+    ray: str | None = None  # address of a Ray cluster that does the work (needs: pip install ray)
+    verify: str | None = None  # check the shards in this folder, record by record, and stop
     overwrite: bool = False  # remove the shards in save_path and pack anew
     debug: bool = False  # a traceback with every error
 
     def __post_init__(self) -> None:
         check_positive(self, "seq_len", "files_per_tfrecord", "n_examples", "n_files")
+        check_positive(self, "n_shards", "workers")
+        if not 0 <= self.valid_fraction < 1:
+            raise UserError(f"--valid_fraction {self.valid_fraction}: expected 0 or more, below 1")
         if not self.path:
             raise UserError("--path needs at least one folder, file, glob, hf:NAME or docs:")
         if not self.min_seq_len:

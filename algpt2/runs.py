@@ -13,13 +13,13 @@ from .checkpoints import find_checkpoint, find_config_folder, write_json
 from .corpus import cache_dir, describe_sources
 from .errors import UserError
 from .evaluation import TextTotals, compressor_bits_per_byte, table, text_metrics
-from .options import DataOptions, ModelOptions, OptimOptions, TrainOptions
+from .options import DEFAULT_TOKENIZER, DataOptions, ModelOptions, OptimOptions, TrainOptions
 from .packing import pack
 from .report import environment, log
-from .tfrecords import MANIFEST_FILE, Manifest, PackedRows, open_rows, read_manifest
+from .tfrecords import FORMAT_VERSION, MANIFEST_FILE, Manifest, PackedRows, open_rows, read_manifest
 from .tokenization_algpt2 import TextTokenizer, load_tokenizer
 
-DEFAULT_CONFIG, DEFAULT_TOKENIZER = "algpt2-tiny", "algpt2-tokenizer"
+DEFAULT_CONFIG = "algpt2-tiny"
 LR_FROM_SCRATCH, LR_FINETUNE = 1e-3, 5e-5
 
 
@@ -118,7 +118,7 @@ def pack_into_cache(
     key = {
         "sources": describe_sources(paths), "tokenizer": tokenizer.fingerprint, "seq_len": seq_len,
         "use_control_codes": data.use_control_codes, "line_by_line": data.line_by_line,
-        "text_key": data.text_key,
+        "text_key": data.text_key, "format_version": FORMAT_VERSION,
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir() / f"packed-{digest}"

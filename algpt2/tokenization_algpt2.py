@@ -5,6 +5,7 @@ stand just before it. Text is data: a control code written out in it is encoded 
 characters; only the packer and the sampler put `eot_id` between documents.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -52,6 +54,14 @@ class TextTokenizer:
         self.eot_id: int = tokenizer.token_to_id(end_of_text)
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         self.fingerprint = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its folder, so that a worker process loads it once for all tasks."""
+        return _load_same, (str(self.folder), self.fingerprint)
+
+    def to_json(self) -> str:
+        """The canonical tokenizer.json."""
+        return self._tokenizer.to_str()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One array of ids (n_tokens,) per text; no special token is added."""
@@ -233,6 +243,14 @@ def _load_folder(folder: Path) -> TextTokenizer:
     except Exception as error:  # what the Rust side raises is a bare Exception
         raise UserError(f"{folder}: the tokenizer's files are damaged ({error})") from None
     return TextTokenizer(tokenizer, folder, end_of_text)
+
+
+@functools.lru_cache(4)
+def _load_same(folder: str, fingerprint: str) -> TextTokenizer:
+    tokenizer = _load_folder(Path(folder))
+    if tokenizer.fingerprint != fingerprint:
+        raise UserError(f"{folder}: the tokenizer changed while it was in use")
+    return tokenizer
 
 
 def _load_vocab_and_merges(folder: Path) -> Tokenizer:
