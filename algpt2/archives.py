@@ -5,29 +5,24 @@ a member's name is only a name (its suffix tells its kind), so absolute paths an
 Everything that is damaged or cut off is a `Broken` that says where; nothing ends early in silence.
 """
 
-import contextlib
 import io
 import lzma
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
 from .errors import UserError, describe
 
 __all__ = [
-    "COMPRESSIONS",
     "Broken",
     "Member",
     "TarStream",
     "byte_range",
     "decompressed",
     "is_tar_header",
+    "look_ahead",
 ]
-
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz", ".xsz": "xz"}
-# Names of one suffix for two; ".tar" is what the bytes are behind the decompression.
-SHORT_SUFFIXES = {".tgz": ".tar.gz", ".txz": ".tar.xz", ".tzst": ".tar.zst", ".tbz2": ".tar.bz2"}
 
 BLOCK = 512  # bytes; a tar consists of blocks
 BUFFER_BYTES = 1 << 20  # read at once
@@ -60,32 +55,47 @@ class _Range(io.RawIOBase):
         return n
 
 
-class _Xz(io.RawIOBase):
-    """xz streams, one behind the other or padded, as one; liblzma's speed from large buffers."""
+class _Prefixed(io.RawIOBase):
+    """Bytes that were read already, then the stream that they came from."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._rest = file, b""
-        self._decompressor: lzma.LZMADecompressor | None = None
+    def __init__(self, head: bytes, stream: BinaryIO) -> None:
+        self._head, self._stream = head, stream
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:
+        if not self._head:
+            return self._stream.readinto(buffer)
+        n = min(len(self._head), len(buffer))
+        buffer[:n], self._head = self._head[:n], self._head[n:]
+        return n
+
+
+class _Xz:
+    """xz streams, one behind the other or padded, as one. `lzma.LZMAFile` takes what follows
+    padding for the end of the file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._rest, self._is_first = file, b"", True
+        self._decompressor: lzma.LZMADecompressor | None = None
+
+    def read(self, n: int) -> bytes:
+        """Up to `n` bytes, none at the end."""
         while True:
             if self._decompressor is None and not self._start_stream():
-                return 0
+                return b""
             if self._decompressor.needs_input and not self._rest:
                 self._rest = self._file.read(BUFFER_BYTES)
                 if not self._rest:
-                    raise EOFError("cut off")
-            data = self._decompressor.decompress(self._rest, len(buffer))
+                    raise EOFError("it is cut off")
+            content = self._decompressor.decompress(self._rest, n)
             self._rest = b""
             if self._decompressor.eof:
                 self._rest = self._decompressor.unused_data
                 self._decompressor = None
-            if data:
-                buffer[: len(data)] = data
-                return len(data)
+            if content:
+                return content
 
     def _start_stream(self) -> bool:
         """Pass over padding; False at the end of the file."""
@@ -93,38 +103,58 @@ class _Xz(io.RawIOBase):
         while not self._rest:
             content = self._file.read(BUFFER_BYTES)
             if not content:
+                if self._is_first:
+                    raise EOFError("it is empty")
                 return False
             self._rest = content.lstrip(b"\0")
+        self._is_first = False
         self._decompressor = lzma.LZMADecompressor()
         return True
 
 
-def byte_range(file: BinaryIO, start: int, stop: int | None) -> BinaryIO:
-    """The bytes [start, stop) of a seekable file as a stream; `stop` None: to the end."""
-    if stop is None:
-        file.seek(start)
-        return file
+class _Decompressed(io.RawIOBase):
+    """A decompressor's bytes; what it complains about becomes a `Broken`."""
+
+    def __init__(self, read: Callable[[int], bytes], where: str) -> None:
+        self._read, self._where = read, where
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        try:
+            content = self._read(len(buffer))
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            if isinstance(error, OSError) and error.errno:  # of the disk, not of the data
+                raise
+            reason = describe(error)
+            raise Broken(f"{self._where}: cannot be decompressed ({reason})") from None
+        buffer[: len(content)] = content
+        return len(content)
+
+
+def byte_range(file: BinaryIO, start: int, stop: int) -> BinaryIO:
+    """The bytes [start, stop) of a seekable file as a stream."""
     return io.BufferedReader(_Range(file, start, stop), BUFFER_BYTES)
 
 
-@contextlib.contextmanager
-def decompressed(file: BinaryIO, compression: str | None, where: str) -> Iterator[BinaryIO]:
+def look_ahead(stream: BinaryIO, n: int) -> tuple[bytes, BinaryIO]:
+    """The first `n` bytes of a stream, and the stream with them."""
+    head = stream.read(n)
+    return head, io.BufferedReader(_Prefixed(head, stream), BUFFER_BYTES)
+
+
+def decompressed(file: BinaryIO, compression: str | None, where: str) -> BinaryIO:
     """`file` decompressed (None: as it is); damaged or cut off compression is a `Broken`."""
     if compression is None:
-        yield file
-        return
-    try:
-        if compression == "xz":
-            yield io.BufferedReader(_Xz(file), BUFFER_BYTES)
-        else:
-            import pyarrow as pa  # its zstd notices a file that was cut off; `zstandard` does not
+        return file
+    if compression == "xz":
+        stream = _Xz(file)
+    else:
+        import pyarrow as pa  # its zstd notices a file that was cut off; `zstandard` does not
 
-            with pa.CompressedInputStream(pa.PythonFile(file, "r"), compression) as stream:
-                yield io.BufferedReader(stream, BUFFER_BYTES)
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        if isinstance(error, OSError) and error.errno:  # of the disk, not of the data
-            raise
-        raise Broken(f"{where}: cannot be decompressed ({describe(error)})") from None
+        stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression)
+    return io.BufferedReader(_Decompressed(stream.read, where), BUFFER_BYTES)
 
 
 # --- tar -----------------------------------------------------------------------------------------
@@ -151,7 +181,7 @@ def is_tar_header(block: bytes) -> bool:
 
 
 def _checksum(block: bytes) -> int:
-    # The sum of the bytes, the checksum's own counted as blanks; without zeros it is 3 times faster.
+    # Of all bytes, its own counted as blanks; to leave out the zeros first takes a third.
     return sum(block.translate(None, b"\0")) - sum(block[148:156]) + 8 * 32
 
 
@@ -215,10 +245,9 @@ class TarStream:
             raise self._broken(self._member.header, f"{self._member.name} is cut off")
         return content
 
-    @contextlib.contextmanager
-    def open(self) -> Iterator[BinaryIO]:
+    def open(self) -> BinaryIO:
         """The content of the current member as a stream."""
-        yield io.BufferedReader(_Content(self, self._member.size), BUFFER_BYTES)
+        return io.BufferedReader(_Content(self, self._member.size), BUFFER_BYTES)
 
     def _parse(self, block: bytes, header: int) -> Member | None:
         """The member that begins with `block`; None if it is not a regular file."""
