@@ -40,6 +40,7 @@ from .readers import (
     named_kind,
     split_suffix,
 )
+from .report import log
 
 __all__ = [
     "CorpusReport",
@@ -150,8 +151,9 @@ class Part:
         """A run's first `n` files; other parts stay whole."""
         if self.kind != "text" or n >= self.n_files:
             return self
+        size = sum(os.stat(path).st_size for path in self.paths[:n])  # noqa: PTH116
         files = "\0".join(self.files.split("\0")[:n])
-        return Part("text", self.name, self.source, files, self.stamps[:n], n_files=n)
+        return Part("text", self.name, self.source, files, self.stamps[:n], size, n)
 
 
 def documents(
@@ -176,7 +178,7 @@ def documents(
     sources = [sources] if isinstance(sources, str) else list(sources)
     for source in sources:
         # All sources are looked at before the first is read for hours.
-        next(list_parts([source], skip_broken=True))
+        next(list_parts([source], skip_broken=skip_broken))
     report = CorpusReport() if report is None else report
     reading = Reading(text_key, line_by_line, min_length, skip_broken)
     return _stream(sources, n_files, reading, report)
@@ -220,6 +222,7 @@ def _read(
     parts: Iterable[Part], reading: Reading, limit: int | None, report: CorpusReport
 ) -> Iterator[str]:
     reader = PartReader(reading, report, limit)
+    n_logged = len(report.broken)
     for part in parts:
         if reader.left == 0 and part.start == 0:  # else it goes on with a file that has begun
             break
@@ -230,6 +233,9 @@ def _read(
             for text in itertools.islice(texts, reader.left):
                 reader.left -= 1
                 yield text
+        for message in report.broken[n_logged:]:
+            log(f"left out: {message}")
+        n_logged = len(report.broken)
 
 
 def _clean(

@@ -31,7 +31,6 @@ from .archives import (
 )
 from .docstrings import read_docstrings
 from .errors import UserError
-from .report import log
 
 if TYPE_CHECKING:
     from .corpus import CorpusReport, Part
@@ -136,8 +135,12 @@ class PartReader:
     def read(self, part: "Part") -> RawTexts:
         """The raw texts of a part."""
         texts = getattr(self, f"_read_{part.kind}_part", self._read_file_part)(part)
-        with contextlib.suppress(_LimitReached):
+        try:
             yield from self._guarded(texts)
+        except _LimitReached:
+            return
+        except FileNotFoundError as error:
+            raise _changed(error.filename or part.name, "it is gone") from None
 
     def _begin_file(self) -> None:
         if self.left is not None:
@@ -154,13 +157,12 @@ class PartReader:
             self.count_broken(error)
 
     def count_broken(self, error: Broken) -> None:
-        """Count and log damage, or stop because of it."""
+        """Count damage, or stop because of it."""
         if not self.reading.skip_broken:
             raise UserError(f"{error}; --skip_broken goes on behind it, and counts it") from None
         self.report.n_broken += 1
         if len(self.report.broken) < MAX_BROKEN:
             self.report.broken.append(str(error))
-        log(f"left out: {error}")
 
     # Files: each part is opened here.
 
@@ -372,10 +374,7 @@ def _open_zip(path: str, stamp: int) -> zipfile.ZipFile:
 
 def _read_whole(path: str, stamp: int) -> bytes:
     """A file's bytes in four system calls where it is small."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    except FileNotFoundError:
-        raise _changed(path, "it is gone") from None
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
         content = os.read(descriptor, SMALL_BYTES)
         if len(content) == SMALL_BYTES:
@@ -393,22 +392,17 @@ def _read_whole(path: str, stamp: int) -> bytes:
 @contextlib.contextmanager
 def _unchanged(path: str, stamp: int) -> Iterator[BinaryIO]:
     """An open file that has to be the listed one before and after it is read."""
-    try:
-        file = Path(path).open("rb", buffering=BUFFER_BYTES)
-    except FileNotFoundError:
-        raise _changed(path, "it is gone") from None
-    with file:
-        _check_stamp(file.fileno(), path, stamp)
+    with Path(path).open("rb", buffering=BUFFER_BYTES) as file:
+        _check_stamp(os.fstat(file.fileno()), path, stamp)
         try:
             yield file
         except Broken:
-            _check_stamp(file.fileno(), path, stamp)  # perhaps that is why
+            _check_stamp(os.stat(path), path, stamp)  # noqa: PTH116  (perhaps that is why)
             raise
-        _check_stamp(file.fileno(), path, stamp)
+        _check_stamp(os.stat(path), path, stamp)  # noqa: PTH116
 
 
-def _check_stamp(descriptor: int, path: str, stamp: int) -> None:
-    status = os.fstat(descriptor)
+def _check_stamp(status: os.stat_result, path: str, stamp: int) -> None:
     if file_stamp(status) != stamp:
         raise _changed(path, f"it has {status.st_size:,} bytes now")
 
