@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from .errors import UserError, describe
+from .errors import describe
 
 __all__ = [
     "Broken",
@@ -32,8 +32,8 @@ REGULAR, LONG_NAME, PAX, PASSED_OVER = b"0\0" + b"7", b"L", b"x", b"gXKVNM"
 TYPE_NAMES = {b"1": "link", b"2": "link", b"3": "device", b"4": "device", b"6": "pipe"}
 
 
-class Broken(UserError):
-    """Input that is damaged or cut off; the message names file and byte."""
+class Broken(Exception):
+    """Something is damaged or cut off; the message names file and byte."""
 
 
 # --- bytes ---------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from .errors import UserError
 from .readers import (
     BYTES,
     ZIP_ERRORS,
+    BrokenInput,
     PartReader,
     Reading,
     file_stamp,
@@ -43,6 +44,7 @@ from .readers import (
 from .report import log
 
 __all__ = [
+    "BrokenInput",
     "CorpusReport",
     "Part",
     "Reading",
@@ -500,6 +502,7 @@ class _Listing:
             tar = TarStream(file, path)
             sizes = ((m.header, m.end, m.name, m.size) for m in tar)
             yield from self._runs(sizes)
+            self.report.other_files.update(tar.others)
 
     def _zip_runs(self, path: str) -> Iterator["_Piece"]:
         import zipfile
@@ -592,13 +595,13 @@ def describe_parts(parts: Iterable[Part], n_files: int | None = None) -> list[di
                 described.append({"source": source, "packages": package_versions()})
             elif part.kind == "hf":
                 described.append({"source": source})
-            elif n_files != 0:
+            elif n_files is None or n_files > 0 or part.n_files == 0:
                 part = part if n_files is None else part.head(n_files)
                 place = f"{part.kind}\0{part.name}\0{part.files}\0{part.start}\0{part.stop}\0"
                 digest.update(place.encode(*BYTES) + part.stamps.tobytes())
                 n, size = n + (part.n_files or 0), size + part.size
-                n_files = None if n_files is None else n_files - (part.n_files or 0)
-        if size:
+                n_files = None if n_files is None else max(0, n_files - (part.n_files or 0))
+        if n or size:
             described.append(
                 {"source": source, "files": n, "bytes": size, "sha256": digest.hexdigest()}
             )

@@ -35,7 +35,15 @@ from .errors import UserError
 if TYPE_CHECKING:
     from .corpus import CorpusReport, Part
 
-__all__ = ["PartReader", "Reading", "file_stamp", "member_kind", "named_kind", "split_suffix"]
+__all__ = [
+    "BrokenInput",
+    "PartReader",
+    "Reading",
+    "file_stamp",
+    "member_kind",
+    "named_kind",
+    "split_suffix",
+]
 
 # What a folder or an archive is searched for; .json is often configuration, so it has to be named.
 FOLDER_SUFFIXES = {"", ".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet", ".tar", ".zip"}
@@ -102,11 +110,10 @@ def named_kind(name: str) -> str | None:
 
 
 def is_hidden(name: str) -> bool:
-    """True if a file's or one of its folders' names starts with a dot."""
-    return name.startswith(".") or (
-        "/." in name
-        and any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
-    )
+    """True if a member's or one of its folders' names starts with a dot."""
+    if not name.startswith(".") and "/." not in name:
+        return False
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def file_stamp(status: os.stat_result) -> int:
@@ -115,6 +122,10 @@ def file_stamp(status: os.stat_result) -> int:
 
 
 # --- reading -------------------------------------------------------------------------------------
+
+
+class BrokenInput(UserError):
+    """Input is damaged or cut off: the same command with --skip_broken goes on."""
 
 
 class _LimitReached(Exception):
@@ -126,7 +137,7 @@ class PartReader:
 
     Raises (while its texts are read):
         UserError: a file changed, a table without the text's column.
-        Broken: something is damaged, unless `reading.skip_broken` counts it in the report.
+        BrokenInput: damage, unless `reading.skip_broken` has it counted in the report.
     """
 
     def __init__(self, reading: Reading, report: "CorpusReport", limit: int | None = None) -> None:
@@ -159,7 +170,7 @@ class PartReader:
     def count_broken(self, error: Broken) -> None:
         """Count damage, or stop because of it."""
         if not self.reading.skip_broken:
-            raise UserError(f"{error}; --skip_broken goes on behind it, and counts it") from None
+            raise BrokenInput(f"{error}; --skip_broken leaves it out and counts it") from None
         self.report.n_broken += 1
         if len(self.report.broken) < MAX_BROKEN:
             self.report.broken.append(str(error))
@@ -251,7 +262,11 @@ class PartReader:
         if kind in ("tar", "zip") and depth >= MAX_DEPTH:
             raise Broken(f"{where}: more than {MAX_DEPTH} archives in one another")
         if kind == "tar":
-            yield from self._read_members(TarStream(stream, where), depth + 1)
+            tar = TarStream(stream, where)
+            try:
+                yield from self._read_members(tar, depth + 1)
+            finally:
+                self.report.other_files.update(tar.others)
         elif kind == "zip":
             archive = _zip_file(io.BytesIO(stream.read()), where)
             yield from self._read_zip(archive, archive.infolist(), where, depth + 1)
@@ -267,20 +282,15 @@ class PartReader:
                 yield _without_mark(stream.read())
 
     def _read_members(self, tar: TarStream, depth: int) -> RawTexts:
-        try:
-            for member in tar:
-                name = member.name
-                kind = self._member_kind(name)
-                if kind == "text" and not self.reading.line_by_line and name.endswith(".txt"):
-                    self._begin_file()
-                    yield _without_mark(tar.read())
-                elif kind is not None:
-                    where = f"{tar.where}, byte {member.header:,}: {name}"
-                    yield from self._guarded(
-                        self._read_stream(kind, tar.open(), name, where, depth)
-                    )
-        finally:
-            self.report.other_files.update(tar.others)
+        for member in tar:
+            name = member.name
+            kind = self._member_kind(name)
+            if kind == "text" and not self.reading.line_by_line and name.endswith(".txt"):
+                self._begin_file()
+                yield _without_mark(tar.read())
+            elif kind is not None:
+                where = f"{tar.where}, byte {member.header:,}: {name}"
+                yield from self._guarded(self._read_stream(kind, tar.open(), name, where, depth))
 
     def _read_zip(
         self, archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], path: str, depth: int
@@ -410,7 +420,7 @@ def _check_stamp(status: os.stat_result, path: str, stamp: int) -> None:
 def _changed(path: str, what: str) -> UserError:
     return UserError(
         f"{path} has changed since the files were listed ({what}): leave the corpus as it is while"
-        " it is read, and start again with --overwrite"
+        " it is read, and start again"
     )
 
 
