@@ -36,6 +36,7 @@ from .readers import (
     PartReader,
     Reading,
     file_stamp,
+    file_suffix,
     is_hidden,
     member_kind,
     named_kind,
@@ -65,6 +66,22 @@ PIECE_BYTES = 64 << 20  # of a large table or text of lines; a parquet file's pi
 WORDS_BYTES = 1 << 20  # looked at together
 
 
+class _Words:
+    """Words of a report's documents, counted when asked for: a mebibyte at a time is 4 times as fast
+    as document by document."""
+
+    def __get__(self, report: "CorpusReport | None", owner: type) -> int:
+        if report is None:
+            return 0  # the field's default
+        if report.uncounted:
+            report.n_words += count_words(b"\n".join(report.uncounted))
+            report.uncounted.clear()
+        return report.n_words
+
+    def __set__(self, report: "CorpusReport", value: int) -> None:
+        report.n_words, report.uncounted, report.uncounted_bytes = value, [], 0
+
+
 @dataclass
 class CorpusReport:
     """What a stream of documents has come to so far; filled while the stream is read."""
@@ -72,7 +89,7 @@ class CorpusReport:
     files: int = 0
     documents: int = 0
     text_bytes: int = 0  # of the documents as UTF-8
-    words: int = 0  # separated by white space
+    words: int = _Words()  # separated by white space
     line_ends: int = 0
     empty: int = 0  # files, rows or lines without anything but white space: no documents
     short: int = 0  # documents of fewer characters than the minimum, left out
@@ -80,6 +97,16 @@ class CorpusReport:
     n_broken: int = 0  # damaged files, members and lines left out
     broken: list[str] = field(default_factory=list)  # where and what, of the first thousand
     other_files: Counter[str] = field(default_factory=Counter)  # suffix -> files that are not text
+
+    def count(self, raw: bytes) -> None:
+        """Count a document, given as UTF-8."""
+        self.documents += 1
+        self.text_bytes += len(raw)
+        self.line_ends += raw.count(b"\n")
+        self.uncounted.append(raw)
+        self.uncounted_bytes += len(raw)
+        if self.uncounted_bytes >= WORDS_BYTES:
+            self.uncounted_bytes, _ = 0, self.words
 
     def summary(self) -> str:
         """One line for people."""
@@ -261,10 +288,7 @@ def _clean(
         if len(text) < reading.min_length:
             report.short += 1
             continue
-        report.documents += 1
-        report.text_bytes += len(raw)
-        report.words += count_words(raw)
-        report.line_ends += raw.count(b"\n")
+        report.count(raw)
         del raw  # of gigabytes, perhaps
         yield text
 
@@ -278,13 +302,19 @@ def _lines(raw: bytes | str | None) -> list[bytes]:
 # --- words ---------------------------------------------------------------------------------------
 
 _SPACE = bytes(byte < 128 and chr(byte).isspace() for byte in range(256))
-# The white space beyond ASCII, which has two or three bytes: first byte, then the others.
-_WIDE_SPACE = {
-    0xC2: [0x85, 0xA0],
-    0xE1: [0x9A80],
-    0xE2: [*range(0x8080, 0x808B), 0x80A8, 0x80A9, 0x80AF, 0x819F],
-    0xE3: [0x8080],
-}
+
+
+def _wide_space() -> dict[int, tuple[int, np.ndarray]]:
+    """White space beyond ASCII: first byte -> bytes in all, and a table of the other one or two."""
+    tables = {}
+    for character in filter(str.isspace, map(chr, range(128, 0xD800))):
+        first, *others = character.encode()
+        _, table = tables.setdefault(first, (len(others) + 1, np.zeros(2**16, bool)))
+        table[int.from_bytes(bytes(others), "big")] = True
+    return tables
+
+
+_WIDE_SPACE = _wide_space()
 
 
 def count_words(raw: bytes) -> int:
@@ -310,14 +340,12 @@ def _is_space(raw: bytes) -> np.ndarray:
     if raw.isascii():
         return space
     space, values = space.copy(), np.frombuffer(raw + b"\0\0", np.uint8)
-    for first, others in _WIDE_SPACE.items():
+    for first, (n_bytes, table) in _WIDE_SPACE.items():
         at = np.flatnonzero(values == first)
-        if not len(at):
-            continue
-        n_bytes, rest = 2, values[at + 1].astype(np.uint16)
-        if first >= 0xE0:
-            n_bytes, rest = 3, rest << 8 | values[at + 2]
-        found = at[np.isin(rest, others)]
+        others = values[at + 1].astype(np.uint16)
+        if n_bytes == 3:
+            others = others << 8 | values[at + 2]
+        found = at[table[others]]
         for i in range(n_bytes):
             space[found + i] = True
     return space
@@ -415,7 +443,7 @@ class _Listing:
             elif kind := named_kind(path):
                 files = iter([(path, kind)])
             else:
-                self.report.other_files[split_suffix(path)[0]] += 1
+                self.report.other_files[file_suffix(path)] += 1
                 continue
             for file in files:
                 if file[0] not in seen:
@@ -439,7 +467,7 @@ class _Listing:
                 elif entry.is_file():
                     names.append(entry.name)
                 else:  # a pipe, a link to nowhere
-                    self.report.other_files[split_suffix(entry.name)[0]] += 1
+                    self.report.other_files[file_suffix(entry.name)] += 1
         names.sort()
         for name in names:
             path = folder + name
@@ -450,7 +478,7 @@ class _Listing:
             elif kind := member_kind(name):
                 yield path, kind
             else:
-                self.report.other_files[os.path.splitext(name)[1].lower()] += 1  # noqa: PTH122
+                self.report.other_files[file_suffix(name)] += 1
 
     # Files to parts.
 
