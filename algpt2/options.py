@@ -71,11 +71,14 @@ class TokenizerOptions:
     """Train a byte-level BPE tokenizer on a corpus and write it to a folder."""
 
     train_path: tuple[str, ...] = ("docs:train",)  # folder, file, glob, hf:NAME[:SPLIT] or docs:
-    n_files: int | None = None  # read at most this many files (tables: parquet, jsonl count as one)
+    n_files: int | None = (
+        None  # read at most this many files, in archives too; a table counts as one
+    )
     save_path: str = "runs/tokenizer"  # folder to write
     vocab_size: int = 50257  # entries, control codes included
     control_codes: tuple[str, ...] = ("<|endoftext|>",)  # others come before it: it has the last id
     text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
+    skip_broken: bool = False  # leave out what is damaged, named and counted, instead of stopping
     max_bytes: int | None = None  # bytes of text to train on at most; memory grows with new words
     overwrite: bool = False  # replace another tokenizer in save_path
     debug: bool = False  # a traceback with every error
@@ -101,8 +104,12 @@ class PackOptions:
     n_examples: int | None = None  # write at most this many rows
     min_seq_len: bool = True  # short documents are joined, no row is padded: there is no other way
     line_by_line: bool = False  # each line is a document
-    n_files: int | None = None  # read at most this many files (tables: parquet, jsonl count as one)
+    n_files: int | None = (
+        None  # read at most this many files, in archives too; a table counts as one
+    )
     text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
+    min_length: int = 0  # characters; shorter documents are left out, and counted
+    skip_broken: bool = False  # leave out what is damaged, named and counted, instead of stopping
     dedup: bool = False  # leave out documents whose text was met before
     valid_fraction: float = 0.0  # share of documents (by hash) for save_path/valid, beside train
     shuffle_documents: bool = False  # order the documents by --seed; trainers shuffle rows anyhow

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from .checkpoints import changed_options, write_json
-from .corpus import CorpusReport, describe_sources, no_document
+from .corpus import BrokenInput, CorpusReport, describe_sources, list_parts, no_document
 from .encoders import choose_encoder
 from .errors import UserError, describe
 from .options import PackOptions
@@ -70,6 +70,7 @@ class Running:
 
     workers: int
     ray: str | None
+    skip_broken: bool  # a task that is done had nothing broken, or left it out
 
 
 def pack(
@@ -86,6 +87,8 @@ def pack(
     n_files: int | None = None,
     line_by_line: bool = False,
     text_key: str = PackOptions.text_key,
+    min_length: int = 0,
+    skip_broken: bool = False,
     dedup: bool = False,
     valid_fraction: float = 0.0,
     shuffle_documents: bool = False,
@@ -99,12 +102,14 @@ def pack(
     Each document starts with `control_codes[0]` (None: the tokenizer's end of text) unless
     `use_control_codes` is off. Shards hold equal numbers of rows: `n_shards` of them, or one for
     every `files_per_tfrecord` documents. At most `n_examples` rows are written, and reading stops
-    soon after there are as many. `dedup` leaves out copies of earlier documents,
+    soon after there are as many. Documents of fewer than `min_length` characters are left out, and
+    with `skip_broken` what is damaged; both are counted. `dedup` leaves out copies of earlier ones,
     `shuffle_documents` orders them by `seed`, `valid_fraction` gives that share, chosen by the
     documents' hashes, a folder `valid` beside `train`. The bytes do not depend on `workers` (None:
     as many as cores) and `ray`. Returns the manifest (of `train`, where there are two).
 
     Raises:
+        BrokenInput: damaged files; what was done before is kept for the command with `skip_broken`.
         UserError: text too short for one row, an unknown control code, a folder that holds
             something else or shards of other options, or that cannot be written.
         OSError: disk full; repeat the command when there is space.
@@ -119,6 +124,7 @@ def pack(
         "n_files": n_files,
         "line_by_line": line_by_line,
         "text_key": text_key,
+        "min_length": min_length,
         "dedup": dedup,
         "valid_fraction": valid_fraction,
         "shuffle_seed": seed if shuffle_documents else None,
@@ -131,7 +137,7 @@ def pack(
         if finished := _finished(save_path, plan):
             log(f"{save_path} is done: {summary(finished)}")
             return finished
-        running = Running(workers or available_cores(), ray)
+        running = Running(workers or available_cores(), ray, skip_broken)
         return _pack(sources, tokenizer, save_path, plan, start_id, running)
 
 
@@ -173,6 +179,8 @@ def _pack(
             manifest = Manifest(**manifests[name], duplicates=duplicates, encoder=encoder)
             write_manifest(save_path / name, manifest)
             log(f"{save_path / name}: {summary(manifest)}")
+    except BrokenInput:  # the same command with --skip_broken goes on
+        raise
     except UserError:  # another command is needed: nothing may stand in its way
         _remove_shards(save_path)
         shutil.rmtree(work)
@@ -219,8 +227,10 @@ def _encode(
 ) -> tuple[TokenStore, CorpusReport, dict[str, Any]]:
     """Run the tasks; the stored tokens, what was read, and which encoder did it."""
     options, report = plan["options"], CorpusReport()
-    tasks = cut_tasks(sources, options["n_files"], report)
-    reading = {name: options[name] for name in ("line_by_line", "text_key")}
+    reading = {name: options[name] for name in ("line_by_line", "text_key", "min_length")}
+    reading["skip_broken"] = running.skip_broken
+    listing = {name: reading[name] for name in ("line_by_line", "skip_broken")}
+    tasks = cut_tasks(list_parts(sources, report, **listing), options["n_files"])
     encoder = _choose_encoder(work, tokenizer, tasks, reading)
     n_examples = options["n_examples"]
     context = Context(

@@ -22,7 +22,7 @@ import numpy as np
 
 from .batches import permutation
 from .checkpoints import write_json
-from .corpus import CorpusReport, Part, list_parts, read_parts
+from .corpus import CorpusReport, Part, read_parts
 from .encoders import Encode, build_encoder
 from .tfrecords import write_file
 from .tokenization_algpt2 import TextTokenizer
@@ -65,34 +65,37 @@ class Context:
     max_tokens: float  # no task needs more
 
 
-def cut_tasks(sources: Sequence[str], n_files: int | None, report: CorpusReport) -> list[Task]:
-    """The tasks of a corpus; `report.other_files` counts the files that are not text."""
+def cut_tasks(parts: Iterable[Part], n_files: int | None) -> list[Task]:
+    """The tasks of a corpus of these parts, of which `n_files` files are read (None: all)."""
     tasks: list[Task] = []
     run: list[Part] = []
-    size, left = 0, n_files
-    parts = list_parts(sources, report)
+    n_run, size, left = 0, 0, n_files
+    parts = iter(parts)
 
     def close(limit: int | None = None) -> None:
-        nonlocal run, size
+        nonlocal run, n_run, size
         if run:
             tasks.append(Task(len(tasks), tuple(run), limit))
-        run, size = [], 0
+        run, n_run, size = [], 0, 0
 
     for part in parts:
-        if left == 0:
+        if left == 0 and part.n_files != 0:  # 0: it belongs to a file that has begun before
             break
-        if not part.is_file:
+        if part.n_files is None and (left is not None or not part.is_file):
             close()
-            # How many documents there are shows when they are read: what is limited stays together.
+            # How many files there are shows when they are read: what is limited stays together.
             run = [part] if left is None else [part, *parts]
             close(left)
             continue
-        n_bytes = Path(part.name).stat().st_size
-        if len(run) == TASK_FILES or size + n_bytes > TASK_BYTES:
+        n = part.n_files or 1
+        if n_run + n > TASK_FILES or size + part.size > TASK_BYTES:
             close()
         run.append(part)
-        size += n_bytes
-        left = None if left is None else left - 1
+        n_run, size = n_run + n, size + part.size
+        if left is not None:
+            if part.n_files > left:
+                close(n_run - n + left)
+            left = max(0, left - part.n_files)
     close()
     return tasks
 

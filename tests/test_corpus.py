@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from algpt2 import docstrings
-from algpt2.corpus import CorpusReport, Part, describe_sources, documents, first_bytes, list_parts
+from algpt2.corpus import CorpusReport, describe_sources, documents, first_bytes, list_parts
 from algpt2.errors import UserError
 
 
@@ -209,7 +210,7 @@ def test_hub_datasets_from_a_local_folder(tmp_path, monkeypatch):
         ("nowhere", "nowhere: no such file or folder"),
         ("no*thing", "no\\*thing holds no text: .* found no file"),
         ("empty", "empty holds no text: .* found no file"),
-        ("pictures", r"pictures holds no text: .* found 3 other files \(.png: 2, .zip: 1\)"),
+        ("pictures", r"pictures holds no text: .* found 3 other files \(.png: 2, .rar: 1\)"),
         ("pictures/a.png", "a.png is not a text file"),
         ("docs:test", "expected docs:train, docs:valid or docs:all"),
         ("hf:", "needs the name of a dataset"),
@@ -220,7 +221,7 @@ def test_sources_without_text_are_named_before_anything_is_read(
 ):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    for name in ("a.png", "b.png", "c.zip"):
+    for name in ("a.png", "b.png", "c.rar"):
         write(Path("pictures") / name, "x")
     write(Path("good.txt"), "good")
     with pytest.raises(UserError, match=message):
@@ -268,11 +269,17 @@ def test_a_damaged_page_of_a_parquet_file_is_an_error(tmp_path):
 
 
 def test_parts_name_what_can_be_read_on_its_own(folder):
-    parts = list(list_parts([str(folder / "a"), str(folder / "d.jsonl"), "docs:", "hf:x:y"]))
-    assert parts[0] == Part("text", str(folder / "a" / "a.md"))
-    assert parts[2:] == [
-        Part("jsonl", str(folder / "d.jsonl")), Part("docs", "train"), Part("hf", "x:y")
-    ]  # fmt: skip
+    sources = [str(folder / "a"), str(folder / "d.jsonl"), "docs:", "hf:x:y"]
+    parts = list(list_parts(sources))
+    assert [(part.kind, part.name, part.files, part.n_files) for part in parts] == [
+        ("text", f"{folder}/a/", "a.md\0z.txt", 2),
+        ("jsonl", f"{folder}/d.jsonl", "", 1),
+        ("docs", "train", "", None),
+        ("hf", "x:y", "", None),
+    ]
+    assert parts[0].paths == [f"{folder}/a/a.md", f"{folder}/a/z.txt"] and parts[0].size == 13
+    assert [part.source for part in parts] == sources
+    assert pickle.loads(pickle.dumps(parts)) == parts
 
 
 def test_the_description_changes_with_the_files_and_only_with_them(folder):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from algpt2 import packing, tfrecords, token_store
+from algpt2 import corpus, packing, tfrecords, token_store
 from algpt2.corpus import hash_fraction
 from algpt2.errors import UserError
 from algpt2.packing import pack
@@ -477,6 +477,7 @@ def many(tmp_path_factory):
 @pytest.fixture
 def small_tasks(monkeypatch):
     monkeypatch.setattr(token_store, "TASK_FILES", 7)
+    monkeypatch.setattr(corpus, "RUN_FILES", 7)
 
 
 def all_contents(folder):
