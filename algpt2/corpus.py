@@ -67,8 +67,8 @@ WORDS_BYTES = 1 << 20  # looked at together
 
 
 class _Words:
-    """Words of a report's documents, counted when asked for: a mebibyte at a time is 4 times as fast
-    as document by document."""
+    """Words of a report's documents, counted when asked for: a mebibyte at a time is 4 times as
+    fast as document by document."""
 
     def __get__(self, report: "CorpusReport | None", owner: type) -> int:
         if report is None:
