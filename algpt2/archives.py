@@ -10,7 +10,7 @@ import lzma
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from .errors import describe
 
@@ -115,15 +115,15 @@ class _Xz:
 class _Decompressed(io.RawIOBase):
     """A decompressor's bytes; what it complains about becomes a `Broken`."""
 
-    def __init__(self, read: Callable[[int], bytes], where: str) -> None:
-        self._read, self._where = read, where
+    def __init__(self, stream: Any, where: str) -> None:
+        self._stream, self._where = stream, where
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:
         try:
-            content = self._read(len(buffer))
+            content = self._stream.read(len(buffer))
         except (OSError, EOFError, lzma.LZMAError) as error:
             if isinstance(error, OSError) and error.errno:  # of the disk, not of the data
                 raise
@@ -154,7 +154,7 @@ def decompressed(file: BinaryIO, compression: str | None, where: str) -> BinaryI
         import pyarrow as pa  # its zstd notices a file that was cut off; `zstandard` does not
 
         stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression)
-    return io.BufferedReader(_Decompressed(stream.read, where), BUFFER_BYTES)
+    return io.BufferedReader(_Decompressed(stream, where), BUFFER_BYTES)
 
 
 # --- tar -----------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Packing by hand on short token lists, and the folder through all that can happen to it."""
 
+import io
 import itertools
 import json
 import multiprocessing
@@ -8,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 
 from algpt2 import corpus, packing, tfrecords, token_store
-from algpt2.corpus import hash_fraction
+from algpt2.corpus import BrokenInput, hash_fraction
 from algpt2.errors import UserError
 from algpt2.packing import pack
 from algpt2.tfrecords import MANIFEST_FILE, open_rows, read_manifest
@@ -495,6 +497,43 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path, many, small_tasks, opt
     assert all_contents(tmp_path / "1") == all_contents(tmp_path / "2")
     n_files = len(all_contents(tmp_path / "1"))
     assert n_files == (8 if "dedup" in options else 5)
+
+
+@pytest.mark.parametrize("n_files", [None, 10])
+def test_an_archive_of_archives_gives_the_rows_of_its_files(tmp_path, many, small_tasks, n_files):
+    files = sorted(Path(many).iterdir())
+    with tarfile.open(tmp_path / "owt.tar", "w") as outer:
+        for i in range(0, len(files), 8):
+            inner = tmp_path / f"subset{i:02}_data.xz"
+            with tarfile.open(inner, "w:xz") as tar:
+                for path in files[i : i + 8]:
+                    tar.add(path, path.name)
+            outer.add(inner, inner.name)
+    plain = pack(many, TOKENIZER, tmp_path / "files", seq_len=5, n_files=n_files)
+    packed = [
+        pack(
+            str(tmp_path / "owt.tar"), TOKENIZER, tmp_path / str(workers), seq_len=5,
+            n_files=n_files, workers=workers,
+        )
+        for workers in (1, 2)
+    ]  # fmt: skip
+    assert packed[0].shards == packed[1].shards == plain.shards
+    assert packed[0].documents == plain.documents == (n_files or 60)
+
+
+def test_a_broken_archive_loses_nothing_and_goes_on_with_skip_broken(tmp_path, small_tasks):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(40):
+            info = tarfile.TarInfo(f"{i}.txt.xz" if i == 30 else f"{i}.txt")
+            info.size = 12
+            tar.addfile(info, io.BytesIO(b"abcdefghijkl"))
+    with pytest.raises(BrokenInput, match=r"30.txt.xz: cannot be decompressed.*--skip_broken"):
+        pack(str(path), TOKENIZER, tmp_path / "out", seq_len=5, workers=1)
+    done = sorted(p.name for p in (tmp_path / "out" / ".packing").glob("0*.json"))
+    assert len(done) == 4
+    manifest = pack(str(path), TOKENIZER, tmp_path / "out", seq_len=5, skip_broken=True)
+    assert manifest.documents == 39
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
