@@ -1,0 +1,204 @@
+"""Speed of training in TensorFlow: train_tf.py against keras-hub's GPT-2 and against train_pt.py.
+
+    python3 benchmarks/train_tf.py             # gpt2 and algpt2, 4 x 256, float32; and the input
+    python3 benchmarks/train_tf.py --configs algpt2-tiny --rounds 2
+
+keras-hub is no part of the installation: `pip install --no-deps keras-hub`, or it is left out. It
+trains with Keras' `fit`, AdamW and clipping at 1, without dropout, like the others; of an ALGPT2 it
+is the GPT-2 of the same shape. The input is that of train_tfrecords.py and of train_tf.py alone.
+"""
+
+import importlib.util
+import itertools
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import tyro
+from harness import (
+    FakeRows,
+    Options,
+    alternate,
+    answer,
+    make_tokens,
+    measure_train_pt,
+    no_dropout,
+    result,
+    run_measurement,
+    save,
+)
+
+from algpt2.evaluation import table
+
+# A v3-128: 16 hosts, 64 chips of 123 TFLOP/s in bfloat16 (Google's figure).
+POD_HOSTS, POD_FLOPS, POD_SHARE = 16, 64 * 123e12, 0.4
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure alternately, print and save the tables."""
+    options = tyro.cli(Options, args=argv, use_underscores=True)
+    if options.measure:
+        return answer({
+            "train_tf.py": measure_train_tf, "train_pt.py": measure_train_pt,
+            "keras-hub fit": measure_keras_hub, "shards": measure_shards, "rows": measure_rows,
+        }, options)  # fmt: skip
+    contestants = ["train_tf.py", "train_pt.py"]
+    if importlib.util.find_spec("keras_hub"):
+        contestants.append("keras-hub fit")
+    else:
+        print("keras-hub is not installed: left out")
+    results = {
+        config: alternate(__file__, config, contestants, options) for config in options.configs
+    }
+    lines = [["", "tokens/s", "train_tf.py is", "peak GB"]]
+    for config, found in results.items():
+        ours = found["medians"]["train_tf.py"]["tokens_per_s"]
+        for name in contestants:
+            speed, peak = (found["medians"][name][key] for key in ("tokens_per_s", "peak_gb"))
+            lines.append(
+                [f"{name}, {config}", f"{speed:.0f}", f"{ours / speed:.2f}", f"{peak:.2f}"]
+            )
+    print(table(lines))
+    results["input"] = measure_input(results, options)
+    save("train_tf", results)
+
+
+def measure_input(results: dict, options: Options) -> dict[str, float]:
+    """The input alone, against the fastest step here and against what a pod would eat."""
+    fastest = max(found["medians"]["train_tf.py"]["tokens_per_s"] for found in results.values())
+    # 64,000 rows: four times through the shards, so that nothing hides in the shuffle buffers.
+    lines = [["input alone", "tokens/s", "times the fastest step"]]
+    speeds = {}
+    for name in ("shards", "rows"):
+        found = run_measurement(__file__, name, "gpt2", replace(options, batch_size=32, steps=200))
+        speeds[name] = found["tokens_per_s"]
+        lines.append([name, f"{speeds[name]:,.0f}", f"{speeds[name] / fastest:,.0f}"])
+    print(table(lines))
+    for config in options.configs:
+        need = POD_SHARE * POD_FLOPS / no_dropout(config).flops_per_token(1024) / POD_HOSTS
+        print(
+            f"{config} on a v3-128 at {POD_SHARE:.0%} of peak: {need:,.0f} tokens/s for each of "
+            f"{POD_HOSTS} hosts; one process reads {speeds['shards'] / need:.0f} times that here"
+        )
+    return speeds
+
+
+def measure_train_tf(config: str, options: Options) -> dict[str, float]:
+    """`train_step` as train_tf.py runs it."""
+    from algpt2 import training_tf
+    from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
+    from algpt2.options import OptimOptions, TFTrainOptions
+
+    optim = OptimOptions(batch_size=options.batch_size, lr=1e-4)
+    train_options = TFTrainOptions(optim=optim)
+    processes = training_tf.start_processes(train_options)
+    model = TFALGPT2LMHeadModel(no_dropout(config))
+    optimizer = training_tf.build_optimizer(model, optim, optim.lr)
+    rows = FakeRows(make_tokens(model.config.vocab_size, options), options.seq_len)
+    inputs = training_tf.RowInputs(rows, train_options, processes)
+    trainer = training_tf.Trainer(model, optimizer, train_options, processes, inputs, 10**6)
+    seconds = []
+    for _ in range(options.steps + 2):
+        start_s = time.perf_counter()
+        training_tf.train_step(trainer)
+        seconds.append(time.perf_counter() - start_s)
+    return result(seconds[2:], options)
+
+
+def measure_keras_hub(config: str, options: Options) -> dict[str, float]:
+    """Keras' `fit` with keras-hub's GPT-2 of the same shape and a tied head."""
+    import keras
+    from keras_hub.models import GPT2Backbone
+
+    shape = no_dropout(config)
+    backbone = GPT2Backbone(
+        vocabulary_size=shape.vocab_size, num_layers=shape.n_layer, num_heads=shape.n_head,
+        hidden_dim=shape.n_embd, intermediate_dim=shape.inner_size, dropout=0.0,
+        max_sequence_length=shape.n_positions,
+    )  # fmt: skip
+    logits = backbone.token_embedding(backbone.output, reverse=True)
+    model = keras.Model(backbone.input, logits)
+    model.compile(
+        keras.optimizers.AdamW(1e-4, weight_decay=0.1, beta_2=0.95, global_clipnorm=1.0),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,  # on CPUs the faster of the two
+    )
+    tokens = make_tokens(shape.vocab_size, options).astype(np.int32)
+    inputs = {"token_ids": tokens[:, :-1], "padding_mask": np.ones_like(tokens[:, :-1])}
+    times = []
+
+    class Clock(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: object = None) -> None:
+            times.append(time.perf_counter())
+
+    n = (options.steps + 2) * options.batch_size
+    repeats = np.arange(n) % len(tokens)
+    model.fit(
+        {name: array[repeats] for name, array in inputs.items()}, tokens[repeats, 1:], verbose=0,
+        batch_size=options.batch_size, callbacks=[Clock()],
+    )  # fmt: skip
+    return result([b - a for a, b in itertools.pairwise(times[1:])], options)
+
+
+def measure_shards(config: str, options: Options) -> dict[str, float]:
+    """The input of train_tfrecords.py: 16 shards, 1,024 tokens a row."""
+    from algpt2 import input_tf, training_tf
+    from algpt2.options import OptimOptions, TFTrainOptions
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(Path(folder), no_dropout(config).vocab_size)
+        optim = OptimOptions(batch_size=options.batch_size)
+        train_options = TFTrainOptions(optim=optim, steps_per_call=10)
+        processes = training_tf.start_processes(train_options)
+        shards = input_tf.find_shards("shards", [folder])
+        inputs = input_tf.ShardInputs(shards, train_options, processes)
+        return time_inputs(inputs, train_options, replace(options, seq_len=1024))
+
+
+def measure_rows(config: str, options: Options) -> dict[str, float]:
+    """The input of train_tf.py: rows by their number."""
+    from algpt2 import training_tf
+    from algpt2.options import OptimOptions, TFTrainOptions
+    from algpt2.tfrecords import open_rows
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(Path(folder), no_dropout(config).vocab_size)
+        optim = OptimOptions(batch_size=options.batch_size)
+        train_options = TFTrainOptions(optim=optim, steps_per_call=10)
+        processes = training_tf.start_processes(train_options)
+        inputs = training_tf.RowInputs(open_rows(folder), train_options, processes)
+        return time_inputs(inputs, train_options, replace(options, seq_len=1024))
+
+
+def write_shards(folder: Path, vocab_size: int) -> None:
+    """16 shards of 1,024 random rows each, 34 MB."""
+    from algpt2.tfrecords import FORMAT_VERSION, Manifest, write_manifest, write_shard
+
+    draw = np.random.default_rng(0)
+    shards = tuple(
+        write_shard(
+            folder / f"{i}.tfrecord", draw.integers(0, vocab_size, (1024, 1025)).astype(np.uint16)
+        )
+        for i in range(16)
+    )
+    n_tokens = 1 + 16 * 1024 * 1024
+    write_manifest(folder, Manifest(
+        FORMAT_VERSION, 1024, "uint16", vocab_size, vocab_size - 1, "0" * 64, [], {}, shards,
+        1, 1, 1, 1, n_tokens, 0, 0,
+    ))  # fmt: skip
+
+
+def time_inputs(inputs: object, train_options: object, options: Options) -> dict[str, float]:
+    """Seconds of a step's tokens over `options.steps` calls, opening the files included."""
+    n = train_options.steps_per_call
+    start_s = time.perf_counter()
+    for call in range(options.steps):
+        inputs.take(call * n)
+    return result([(time.perf_counter() - start_s) / (n * options.steps)], options)
+
+
+if __name__ == "__main__":
+    main()
