@@ -329,7 +329,7 @@ def count_words(raw: bytes) -> int:
         space = _is_space(raw[start:stop])
         n_words += int(np.count_nonzero(space[1:] > space[:-1]))  # ends of words
         # A word that goes on behind the cut ends there.
-        n_words += not space[-1] and (stop >= len(raw) or _is_space(raw[stop : stop + 4])[0])
+        n_words += bool(not space[-1] and (stop >= len(raw) or _is_space(raw[stop : stop + 4])[0]))
         start = stop
     return n_words
 

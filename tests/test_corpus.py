@@ -556,3 +556,9 @@ def test_docs_of_a_real_package(monkeypatch):
     texts = read("docs:all")
     assert len(texts) > 10 and all(len(text) >= 200 for text in texts)
     assert any("Decorate an iterable object" in text for text in texts)
+
+
+def test_words_of_a_long_text_are_a_number_that_json_knows():
+    text = "two words " * (corpus.WORDS_BYTES // 4)
+    n_words = corpus.count_words(text.encode())
+    assert json.loads(json.dumps(n_words)) == len(text.split())
