@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from test_corpus import lines, read, write, write_parquet
 
-from algpt2 import corpus
+from algpt2 import archives, corpus
 from algpt2.archives import Broken, TarStream
 from algpt2.corpus import BrokenInput, CorpusReport, list_parts, read_parts
 from algpt2.errors import UserError
@@ -161,6 +161,13 @@ def test_concatenated_archives_and_xz_streams_are_read_to_their_end(tmp_path):
     assert read(write(tmp_path / "c.tar.gz", gzip.compress(two[:9]) + gzip.compress(two[9:]))) == [
         "a", "b"
     ]  # fmt: skip
+
+
+def test_padding_between_xz_streams_may_be_longer_than_a_buffer(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "BUFFER_BYTES", 64)
+    content = pack_tar()
+    streams = lzma.compress(content[:700]) + bytes(400) + lzma.compress(content[700:])
+    assert read(write(tmp_path / "a.tar.xz", streams)) == TEXTS
 
 
 def test_random_archives_agree_with_tarfile(tmp_path):
@@ -318,6 +325,19 @@ def test_every_cut_is_noticed(tmp_path):
             [tar.read() for _ in tar]
     tar = TarStream(io.BytesIO(content[: end + 512]), "a.tar")
     assert [tar.read() for _ in tar] == [b"a" * 700, b"b"]
+
+
+def test_an_archive_behind_another_has_to_end_too(tmp_path):
+    second = pack_tar({"b.txt": b"b"})[:1024]  # header and content
+    with pytest.raises(BrokenInput, match=r"a.tar, byte [\d,]+: cut off"):
+        read(write(tmp_path / "a.tar", pack_tar({"a.txt": b"a"}) + second))
+
+
+def test_half_a_member_is_no_document():
+    tar = TarStream(io.BytesIO(pack_tar({"a.txt": b"a" * 700})[: 512 + 600]), "a.tar")
+    next(iter(tar))
+    with pytest.raises(Broken, match=r"byte 0: a.txt is cut off"):
+        tar.read()
 
 
 def test_an_encrypted_member_is_broken_input(tmp_path):
