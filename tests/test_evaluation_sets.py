@@ -372,4 +372,4 @@ def test_two_processes_give_the_numbers_of_one(run, bench, tmp_path):
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     one, two = ([m["value"] for r in records(f) for m in r["measures"]] for f in (run, other))
-    assert two == pytest.approx(one, rel=1e-4)  # word ppl: the rounding of some 20 nats, in exp
+    assert two == pytest.approx(one, rel=1e-6)
