@@ -5,9 +5,25 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
+from .dry_run import DryRun, check_requirements, parse_slice
+from .input_tf import find_shards
 from .modeling_tf_algpt2 import LOSS_ROWS
-from .options import TFTrainOptions
+from .options import TFRecordOptions, TFTrainOptions
 from .training_tf import build_model, build_optimizer, build_step
+
+
+def prepare(flags: TFRecordOptions) -> DryRun:
+    """The dry run of a train_tfrecords.py command; its shards are read for seq_len alone.
+
+    Raises:
+        UserError: no such slice, no compiler, no such model; no `--seq_len` and no shards.
+    """
+    tpu = parse_slice(str(flags.dry_run))
+    check_requirements()
+    seq_len = flags.seq_len or find_shards("--train_path", flags.train_path).manifest.seq_len
+    program = StepProgram(flags.train_options(), seq_len, tpu.n_cores)
+    flops = program.model.config.flops_per_token(seq_len) * seq_len * flags.grad_steps
+    return DryRun(tpu, program, flops)
 
 
 class SliceReplica(tf.distribute.ReplicaContext):
