@@ -7,8 +7,11 @@
         --tokenizer ./tokenizer/
     python3 make_tfrecords.py --path a.jsonl.gz "b/**/*.txt" hf:NAME:train --save_path shards/
 
-Interrupted, repeat the command: it gives the same bytes. A finished folder says that it is done;
-other options in the same folder are an error.
+    python3 make_tfrecords.py --path owt.tar --dedup --valid_fraction 0.01 --n_shards 16
+    python3 make_tfrecords.py --verify shards/
+
+Interrupted, repeat the command: it goes on, to the same bytes. A finished folder says that it is
+done; other options in the same folder are an error.
 
 What is left behind:
 
@@ -19,38 +22,49 @@ What is left behind:
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from algpt2.errors import run_script
-from algpt2.options import PackOptions, parse
+from algpt2.errors import UserError, run_script
+from algpt2.options import DEFAULT_TOKENIZER, PackOptions, parse
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Pack `--path` into `--save_path`."""
+    """Pack `--path` into `--save_path`, or check the shards in `--verify`."""
     options = parse(PackOptions, argv)
+    if options.verify:
+        check(options)
+        return
     # Behind the options, so that --help answers at once.
     from algpt2.packing import pack
     from algpt2.report import log
     from algpt2.tokenization_algpt2 import load_tokenizer
 
-    tokenizer = load_tokenizer(options.tokenizer)
-    for name, value in asdict(options).items():
+    given = asdict(options)
+    tokenizer = load_tokenizer(options.tokenizer or DEFAULT_TOKENIZER)
+    for name, value in given.items():
         log(f"{name}: {value}")
     log(
         f"vocabulary: {tokenizer.vocab_size:,} entries, tokens stored as {tokenizer.dtype.__name__}"
     )
-    pack(
-        options.path,
-        tokenizer,
-        options.save_path,
-        seq_len=options.seq_len,
-        files_per_tfrecord=options.files_per_tfrecord,
-        use_control_codes=options.use_control_codes,
-        control_codes=options.control_codes,
-        n_examples=options.n_examples,
-        n_files=options.n_files,
-        line_by_line=options.line_by_line,
-        text_key=options.text_key,
-        overwrite=options.overwrite,
-    )
+    for name in ("path", "tokenizer", "save_path", "min_seq_len", "verify", "debug"):
+        given.pop(name)
+    pack(options.path, tokenizer, options.save_path, **given)
+
+
+def check(options: PackOptions) -> None:
+    """Read every byte of `--verify`; `UserError` if anything is wrong."""
+    from algpt2.parallel import available_cores
+    from algpt2.report import log
+    from algpt2.tfrecords import verify
+    from algpt2.tokenization_algpt2 import load_tokenizer
+
+    fingerprint = load_tokenizer(options.tokenizer).fingerprint if options.tokenizer else None
+    workers = options.workers or available_cores()
+    manifest, problems = verify(options.verify, tokenizer_sha256=fingerprint, workers=workers)
+    for problem in problems:
+        log(problem)
+    if problems:
+        raise UserError(f"{options.verify}: {len(problems)} problem(s), named above; pack it again")
+    shards, rows = len(manifest.shards), manifest.n_rows
+    log(f"{options.verify} is sound: {shards:,} shards, {rows:,} rows, every record checked")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
         --batch_size 32 --grad_steps 16 --lr 1e-3 --lr_schedule cosine --warmup_steps 2000
     torchrun --nproc_per_node 8 train_pt.py ...               # 8 GPUs, the same global batch
     python3 train_pt.py --checkpoint runs/train --eval_only --val_path text.txt
+    python3 train_pt.py --checkpoint runs/train --eval_only --eval_sets data/bench --stride 128
     python3 train_pt.py --checkpoint runs/train --sample_only --prompt "The"
 
 Repeat a command and the run continues where it stopped; a finished run says so.
@@ -29,11 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def train(options: TrainOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
-    from algpt2 import report, runs, training_pt
-    from algpt2.checkpoints import newest_checkpoint
+    from algpt2 import model_card, report, runs, training_pt
+    from algpt2.checkpoints import find_checkpoint, newest_checkpoint
 
     # 1. Processes, tokenizer and data
     processes = training_pt.start_processes(options)
+    model_card.check_hub(options.report.push_to_hub)
     tokenizer = runs.choose_tokenizer(options.data, options.model)
     seq_len = runs.choose_seq_len(options.data, options.model)
     with processes.main_first():
@@ -55,46 +57,59 @@ def train(options: TrainOptions) -> int | None:
         )
         run |= runs.describe_model(trainer.model, seq_len)
         report.log(runs.summary(run, trainer.step))
-        if trainer.step >= n_steps:
-            return None
 
         # 4. Train
-        with report.RunReport(save_dir, run, trainer.step, options.report) as run_report:
-            hooks = training_pt.make_hooks(trainer, tokenizer, val_rows, run, run_report)
-            done = training_pt.fit(trainer, hooks)
+        run |= training_pt.measure_start(trainer, val_rows, run)
+        done = trainer.step >= n_steps
+        if not done:
+            with report.RunReport(save_dir, run, trainer.step, options.report) as run_report:
+                hooks = training_pt.make_hooks(trainer, tokenizer, val_rows, run, run_report)
+                done = training_pt.fit(trainer, hooks)
+                run_report.artifact(find_checkpoint(save_dir))
     report.log(f"{'done' if done else 'stopped'} at step {trainer.step}: {save_dir}")
-    return None if done else EXIT_STOPPED
+    if not done:
+        return EXIT_STOPPED
+    runs.log_before_and_after(run, save_dir)
+    model_card.push_to_hub(find_checkpoint(save_dir), options.report.push_to_hub)
+    return None
 
 
 def evaluate_only(options: TrainOptions) -> None:
-    """Print and save one table of loss, perplexities and bits per byte of a checkpoint."""
-    from algpt2 import report, runs, training_pt
+    """Print and save one table of what a checkpoint scores on --val_path or --eval_sets."""
+    from algpt2 import evaluation_sets, model_card, report, runs, training_pt
+    from algpt2.evaluation_pt import evaluation_model
 
     processes = training_pt.start_processes(options)
+    model_card.check_hub(options.report.push_to_hub)
     tokenizer = runs.choose_tokenizer(options.data, options.model)
-    model = training_pt.build_model(options.model, tokenizer, None).to(processes.device)
-    seq_len = runs.choose_seq_len(options.data, options.model, trains=False)
-    runs.check_model_fits(model.config.to_dict(), tokenizer, seq_len, exact=False)
+    results = evaluation_sets.ResultFiles(runs.result_folder(options.model))
     with processes.main_first():
-        rows = runs.open_or_pack(options.data.val_path, options.data, tokenizer, seq_len)
-    with report.Progress("evaluate", total=len(rows), unit="row") as progress:
-        batch_size = options.optim.batch_size
-        loss = training_pt.evaluate(model, rows, processes, batch_size, tick=progress.update)
-    if processes.rank == 0:
-        report.log(runs.write_evaluation(options, rows, tokenizer, loss))
+        seq_len, sets = evaluation_sets.choose_sets(options, tokenizer)
+    model = training_pt.build_model(options.model, tokenizer, seq_len).to(processes.device)
+    evaluator = evaluation_sets.Evaluator(
+        evaluation_model(model, processes, seq_len, options.optim.batch_size),
+        tokenizer, options, precision=str(processes.dtype).removeprefix("torch."),
+    )  # fmt: skip
+    evaluations = []
+    for one in sets:
+        evaluations.append(evaluator.evaluate(one))
+        if report.is_main_process():
+            results.add(evaluations[-1])
+    report.log(evaluation_sets.result_table(evaluations))
+    report.log(f"written to {results.json_path} and {results.markdown_path.name}")
+    if folder := runs.source_folder(options.model):
+        model_card.publish_evaluation(folder, options.report)
 
 
 def sample_only(options: TrainOptions) -> None:
     """Print samples of a checkpoint."""
-    from algpt2 import report, runs, training_pt
-    from algpt2.sampling_pt import sample_texts
+    from algpt2 import runs, training_pt
+    from algpt2.sampling_pt import print_samples
 
     processes = training_pt.start_processes(options)
     tokenizer = runs.choose_tokenizer(options.data, options.model)
     model = training_pt.build_model(options.model, tokenizer, None).to(processes.device)
-    texts = sample_texts(model, tokenizer, options.sample, options.optim.seed)
-    for i, text in enumerate(texts, start=1):
-        report.log(f"--- sample {i} of {len(texts)}\n{text}\n")
+    print_samples(model, tokenizer, options)
 
 
 if __name__ == "__main__":

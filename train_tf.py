@@ -66,22 +66,28 @@ def train(options: TFTrainOptions) -> int | None:
 
 
 def evaluate_only(options: TFTrainOptions) -> None:
-    """Print and save one table of loss, perplexities and bits per byte of a checkpoint."""
-    from algpt2 import report, runs, training_tf
+    """Print and save one table of what a checkpoint scores on --val_path or --eval_sets."""
+    from algpt2 import evaluation_sets, model_card, report, runs, training_tf
+    from algpt2.evaluation_tf import evaluation_model
 
     processes = training_tf.start_processes(options)
+    model_card.check_hub(options.report.push_to_hub)
     tokenizer = runs.choose_tokenizer(options.data, options.model)
-    with processes.strategy.scope():
-        model = training_tf.build_model(options.model, tokenizer, None, processes.dtype)
-    seq_len = runs.choose_seq_len(options.data, options.model, trains=False)
-    runs.check_model_fits(model.config.to_dict(), tokenizer, seq_len, exact=False)
-    with processes.main_first():
-        rows = runs.open_or_pack(options.data.val_path, options.data, tokenizer, seq_len)
-    with report.Progress("evaluate", total=len(rows), unit="row") as progress:
-        batch_size = options.optim.batch_size
-        loss = training_tf.evaluate(model, rows, processes, batch_size, tick=progress.update)
-    if processes.rank == 0:
-        report.log(runs.write_evaluation(options, rows, tokenizer, loss))
+    results = evaluation_sets.ResultFiles(runs.result_folder(options.model))
+    seq_len, sets = evaluation_sets.choose_sets(options, tokenizer)
+    model = training_tf.build_model(options.model, tokenizer, None, processes.dtype)
+    evaluator = evaluation_sets.Evaluator(
+        evaluation_model(model, seq_len, options.optim.batch_size),
+        tokenizer, options, precision=str(processes.dtype),
+    )  # fmt: skip
+    evaluations = []
+    for one in sets:
+        evaluations.append(evaluator.evaluate(one))
+        results.add(evaluations[-1])
+    report.log(evaluation_sets.result_table(evaluations))
+    report.log(f"written to {results.json_path} and {results.markdown_path.name}")
+    if folder := runs.source_folder(options.model):
+        model_card.publish_evaluation(folder, options.report)
 
 
 def sample_only(options: TFTrainOptions) -> None:

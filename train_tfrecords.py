@@ -88,7 +88,8 @@ def evaluate_only(flags: TFRecordOptions) -> None:
         batch_size = options.optim.batch_size
         loss = training_tf.evaluate(model, rows, processes, batch_size, tick=progress.update)
     if processes.rank == 0:
-        report.log(runs.write_evaluation(options, rows, None, loss))
+        name = Path(str(options.model.checkpoint)).name
+        report.log(runs.metrics_table(name, loss, runs.text_totals(rows.manifest)))
 
 
 def dry_run(flags: TFRecordOptions) -> None:

@@ -36,7 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         log(f"{name}: {value}")
     report = CorpusReport()
     texts = documents(
-        options.train_path, n_files=options.n_files, text_key=options.text_key, report=report
+        options.train_path,
+        n_files=options.n_files,
+        text_key=options.text_key,
+        skip_broken=options.skip_broken,
+        report=report,
     )
     Path(options.save_path).mkdir(parents=True, exist_ok=True)  # fails before the work, not after
 

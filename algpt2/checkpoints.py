@@ -2,10 +2,12 @@
 
     save_dir/checkpoint-00001000/   config.json model.safetensors tokenizer.json ...
                                     optimizer.safetensors
+                                    README.md, the model's code   see model_card.py
                                     training_state.json   written last: step, checksums, options
 
 A folder counts only when `training_state.json` is there and every file it lists has the size and
-the sha256 that it lists. Folders are filled under a hidden name and renamed.
+the sha256 that it lists (README.md, for people, is not listed). Folders are filled under a hidden
+name and renamed.
 """
 
 import hashlib
@@ -20,7 +22,7 @@ from typing import Any
 
 from .errors import UserError
 
-STATE_FILE = "training_state.json"
+STATE_FILE, CARD_FILE = "training_state.json", "README.md"
 FORMAT_VERSION = 1
 _FOLDER = re.compile(r"checkpoint-(\d{8,})")
 
@@ -51,11 +53,15 @@ def write_checkpoint(
     """
     folder = save_dir / f"checkpoint-{step:08d}"
     partial = save_dir / f".{folder.name}.partial"
+    from .model_card import complete_checkpoint  # which reads what the report writes
+
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         fill(partial)
-        files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
+        complete_checkpoint(partial, save_dir, step)
+        paths = [path for path in sorted(partial.iterdir()) if path.name != CARD_FILE]
+        files = {path.name: _describe(path) for path in paths}
         record = {"format_version": FORMAT_VERSION, "step": step, **state, "files": files}
         write_json(partial / STATE_FILE, record)
         if folder.exists():  # incomplete, or this step would not be written again
@@ -155,11 +161,15 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON so that `path` is there whole or not at all, also after a power cut."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+        file.write(json_text(value))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def json_text(value: Any) -> str:
+    """The very text that `write_json` writes."""
+    return json.dumps(value, indent=2) + "\n"
 
 
 def changed_options(

@@ -9,13 +9,15 @@ import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
 from .errors import UserError
 
 Options = TypeVar("Options")
+
+DEFAULT_TOKENIZER = "algpt2-tokenizer"
 
 
 def parse(
@@ -69,11 +71,14 @@ class TokenizerOptions:
     """Train a byte-level BPE tokenizer on a corpus and write it to a folder."""
 
     train_path: tuple[str, ...] = ("docs:train",)  # folder, file, glob, hf:NAME[:SPLIT] or docs:
-    n_files: int | None = None  # read at most this many files (tables: parquet, jsonl count as one)
+    n_files: int | None = (
+        None  # read at most this many files, in archives too; a table counts as one
+    )
     save_path: str = "runs/tokenizer"  # folder to write
     vocab_size: int = 50257  # entries, control codes included
     control_codes: tuple[str, ...] = ("<|endoftext|>",)  # others come before it: it has the last id
     text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
+    skip_broken: bool = False  # leave out what is damaged, named and counted, instead of stopping
     max_bytes: int | None = None  # bytes of text to train on at most; memory grows with new words
     overwrite: bool = False  # replace another tokenizer in save_path
     debug: bool = False  # a traceback with every error
@@ -90,22 +95,36 @@ class PackOptions:
 
     path: tuple[str, ...] = ("docs:train",)  # folder, file, glob, hf:NAME[:SPLIT] or docs:
     save_path: str = "runs/shards"  # folder to write: 0.tfrecord ... and manifest.json
-    tokenizer: str = "algpt2-tokenizer"  # folder, or name of a tokenizer
+    tokenizer: str | None = None  # folder, or name of a tokenizer; default: algpt2-tokenizer
     seq_len: int = 256  # tokens that a row predicts; its record holds one more
     files_per_tfrecord: int = 500_000  # documents per shard; shards hold equal numbers of rows
+    n_shards: int | None = None  # so many shards (for a pod: a multiple of its hosts)
     use_control_codes: bool = True  # each document starts with the first control code
     control_codes: tuple[str, ...] = ("<|endoftext|>",)  # the tokenizer must have them all
     n_examples: int | None = None  # write at most this many rows
     min_seq_len: bool = True  # short documents are joined, no row is padded: there is no other way
     line_by_line: bool = False  # each line is a document
-    n_files: int | None = None  # read at most this many files (tables: parquet, jsonl count as one)
+    n_files: int | None = (
+        None  # read at most this many files, in archives too; a table counts as one
+    )
     text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
-    seed: int = 42  # without effect: documents keep the order of the corpus, trainers shuffle rows
+    min_length: int = 0  # characters; shorter documents are left out, and counted
+    skip_broken: bool = False  # leave out what is damaged, named and counted, instead of stopping
+    dedup: bool = False  # leave out documents whose text was met before
+    valid_fraction: float = 0.0  # share of documents (by hash) for save_path/valid, beside train
+    shuffle_documents: bool = False  # order the documents by --seed; trainers shuffle rows anyhow
+    seed: int = 42  # of --shuffle_documents
+    workers: int | None = None  # processes; default: as many as cores; the bytes are the same
+    ray: str | None = None  # address of a Ray cluster that does the work (needs: pip install ray)
+    verify: str | None = None  # check the shards in this folder, record by record, and stop
     overwrite: bool = False  # remove the shards in save_path and pack anew
     debug: bool = False  # a traceback with every error
 
     def __post_init__(self) -> None:
         check_positive(self, "seq_len", "files_per_tfrecord", "n_examples", "n_files")
+        check_positive(self, "n_shards", "workers")
+        if not 0 <= self.valid_fraction < 1:
+            raise UserError(f"--valid_fraction {self.valid_fraction}: expected 0 or more, below 1")
         if not self.path:
             raise UserError("--path needs at least one folder, file, glob, hf:NAME or docs:")
         if not self.min_seq_len:
@@ -120,7 +139,8 @@ class DataOptions:
     val_path: tuple[str, ...] = ("docs:valid",)  # the same for evaluation
     tokenizer: str | None = None  # folder or name; default: the checkpoint's, or algpt2-tokenizer
     seq_len: int | None = None  # tokens per row; default: that of the shards, or n_positions
-    use_control_codes: bool = True  # each document starts with <|endoftext|> (text input)
+    use_control_codes: bool = True  # each document starts with a control code (text input)
+    control_codes: tuple[str, ...] | None = None  # one, or one per train_path; new ones are added
     line_by_line: bool = False  # each line is a document (text input)
     text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
     n_eval_rows: int | None = None  # rows of each evaluation during training; the last takes all
@@ -133,6 +153,8 @@ class ModelOptions:
     config: str | None = None  # config name or folder; default: algpt2-tiny
     checkpoint: str | None = None  # folder of a run, a checkpoint, any causal LM, or hub name
     from_scratch: bool = False  # random weights (implied without --checkpoint)
+    init_from: str | None = None  # GPT-2 or ALGPT2 checkpoint that starts --config (SVD, means)
+    init_blocks: tuple[str, ...] | None = None  # mean, first, last or layers; default: mean
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third slower
 
 
@@ -176,7 +198,19 @@ class ReportOptions:
     milestone_steps: int | None = None  # checkpoints at multiples of this are kept for ever
     max_minutes: float | None = None  # save and stop after this time; the same command continues
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
+    wandb_artifacts: bool = False  # the last checkpoint of the run as a W&B artifact, too
     tags: tuple[str, ...] = ()  # W&B tags
+    push_to_hub: str | None = None  # upload the last checkpoint as this private model of the hub
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What --eval_only measures."""
+
+    eval_sets: tuple[str, ...] = ()  # files or folders of evaluation sets, instead of val_path
+    detokenizer: Literal["wikitext", "ptb", "lambada", "auto"] | None = None  # of eval_sets
+    stride: int | None = None  # tokens scored per window; default: seq_len, no overlap
+    n_eval_examples: int | None = None  # LAMBADA passages, BLiMP pairs per file; default: all
 
 
 @dataclass(frozen=True)
@@ -203,7 +237,8 @@ class TrainOptions:
     optim: OptimOptions = field(default_factory=OptimOptions)
     report: ReportOptions = field(default_factory=ReportOptions)
     sample: SampleOptions = field(default_factory=SampleOptions)
-    eval_only: bool = False  # evaluate --checkpoint on --val_path and stop
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    eval_only: bool = False  # evaluate --checkpoint on --val_path or --eval_sets and stop
     compressors: bool = False  # with eval_only: gzip and xz on the same text beside it
     sample_only: bool = False  # sample from --checkpoint and stop
     device: str = "auto"  # auto, cpu, cuda, mps
@@ -218,10 +253,28 @@ class TrainOptions:
         check_positive(self.report, "logging_steps", "eval_steps", "save_steps", "sample_steps")
         check_positive(self.report, "hist_steps", "keep_last", "milestone_steps", "max_minutes")
         check_positive(self.sample, "n_samples", "max_length", "temperature", "sliding_window_size")
+        check_positive(self.eval, "stride", "n_eval_examples")
+        if self.eval != EvalOptions() and not self.eval_only:
+            raise UserError("--eval_sets, --detokenizer and --stride need --eval_only")
+        if self.eval.detokenizer and not self.eval.eval_sets:
+            raise UserError("--detokenizer needs --eval_sets: --val_path is packed as it is")
         if self.optim.fp16 and self.optim.precision not in ("auto", "fp16"):
             raise UserError(f"--fp16 contradicts --precision {self.optim.precision}: drop one")
+        if self.model.init_from and (self.model.checkpoint or self.model.from_scratch):
+            raise UserError("--init_from and --checkpoint or --from_scratch: expected one of them")
         if (self.eval_only or self.sample_only) and not self.model.checkpoint:
             raise UserError("--eval_only and --sample_only need --checkpoint FOLDER")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write an ALGPT2 checkpoint as a stock GPT-2 with the same logits."""
+
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """folder of a run or of a checkpoint"""
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]  # folder to write
+    overwrite: bool = False  # replace the files of an earlier export
+    debug: bool = False  # a traceback with every error
 
 
 @dataclass(frozen=True)

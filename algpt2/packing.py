@@ -1,30 +1,35 @@
 """Text to packed shards: documents, one stream of tokens, rows of seq_len + 1, equal shards.
 
-The folder's life, each step whole or not at all, so that a killed run repeats to the same bytes:
+The folder's life, each step whole or not at all, so that a killed run goes on to the same bytes:
 
     .packing/plan.json     what is being packed; other options in the same folder are an error
-    .packing/tokens        phase 1: the stream of all documents' tokens
-    0.tfrecord ...         phase 2: the rows
+    .packing/00000.json    phase 1 (token_store.py): a task whose tokens are there
+    0.tfrecord ...         phase 2: the rows; .packing/0.json says that the shard is complete
     manifest.json          last: from here on the folder is finished, and .packing is removed
+
+With a validation split the shards lie in train/ and valid/, each with its manifest.
 """
 
 import contextlib
-import itertools
+import functools
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .checkpoints import changed_options, write_json
-from .corpus import CorpusReport, describe_sources, documents
+from .corpus import BrokenInput, CorpusReport, describe_sources, list_parts, no_document
+from .encoders import choose_encoder
 from .errors import UserError, describe
 from .options import PackOptions
+from .parallel import available_cores, run_tasks
 from .report import Progress, log
 from .tfrecords import (
     FORMAT_VERSION,
@@ -33,9 +38,20 @@ from .tfrecords import (
     Shard,
     open_rows,
     read_manifest,
-    write_file,
     write_manifest,
     write_shard,
+)
+from .token_store import (
+    Context,
+    Segments,
+    StreamRows,
+    Task,
+    TokenStore,
+    cut_tasks,
+    encode_task,
+    order_documents,
+    sample,
+    segments_of,
 )
 from .tokenization_algpt2 import TextTokenizer
 
@@ -44,8 +60,17 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-WORK_FOLDER, PLAN_FILE, TOKENS_FILE = ".packing", "plan.json", "tokens"
-BATCH_CHARACTERS = 1 << 20  # of text encoded in one call
+WORK_FOLDER, PLAN_FILE = ".packing", "plan.json"
+SPLITS = ("train", "valid")  # folders of a corpus that is split
+
+
+@dataclass(frozen=True)
+class Running:
+    """How it is done: nothing here changes the bytes of the shards."""
+
+    workers: int
+    ray: str | None
+    skip_broken: bool  # a task that is done had nothing broken, or left it out
 
 
 def pack(
@@ -55,22 +80,36 @@ def pack(
     *,
     seq_len: int,
     files_per_tfrecord: int = PackOptions.files_per_tfrecord,
+    n_shards: int | None = None,
     use_control_codes: bool = PackOptions.use_control_codes,
     control_codes: Sequence[str] | None = None,
     n_examples: int | None = None,
     n_files: int | None = None,
     line_by_line: bool = False,
     text_key: str = PackOptions.text_key,
+    min_length: int = 0,
+    skip_broken: bool = False,
+    dedup: bool = False,
+    valid_fraction: float = 0.0,
+    shuffle_documents: bool = False,
+    seed: int = PackOptions.seed,
+    workers: int | None = None,
+    ray: str | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Pack the documents of `sources` into the folder `save_path`; done already: say so.
 
     Each document starts with `control_codes[0]` (None: the tokenizer's end of text) unless
-    `use_control_codes` is off. Shards hold equal numbers of rows, one shard for every
-    `files_per_tfrecord` documents. At most `n_examples` rows are written, and reading stops soon
-    after there are as many.
+    `use_control_codes` is off. Shards hold equal numbers of rows: `n_shards` of them, or one for
+    every `files_per_tfrecord` documents. At most `n_examples` rows are written, and reading stops
+    soon after there are as many. Documents of fewer than `min_length` characters are left out, and
+    with `skip_broken` what is damaged; both are counted. `dedup` leaves out copies of earlier ones,
+    `shuffle_documents` orders them by `seed`, `valid_fraction` gives that share, chosen by the
+    documents' hashes, a folder `valid` beside `train`. The bytes do not depend on `workers` (None:
+    as many as cores) and `ray`. Returns the manifest (of `train`, where there are two).
 
     Raises:
+        BrokenInput: damaged files; what was done before is kept for the command with `skip_broken`.
         UserError: text too short for one row, an unknown control code, a folder that holds
             something else or shards of other options, or that cannot be written.
         OSError: disk full; repeat the command when there is space.
@@ -78,12 +117,17 @@ def pack(
     sources, save_path = [sources] if isinstance(sources, str) else list(sources), Path(save_path)
     options = {
         "files_per_tfrecord": files_per_tfrecord,
+        "n_shards": n_shards,
         "use_control_codes": use_control_codes,
         "control_codes": None if control_codes is None else list(control_codes),
         "n_examples": n_examples,
         "n_files": n_files,
         "line_by_line": line_by_line,
         "text_key": text_key,
+        "min_length": min_length,
+        "dedup": dedup,
+        "valid_fraction": valid_fraction,
+        "shuffle_seed": seed if shuffle_documents else None,
     }
     start_id = _start_id(tokenizer, control_codes) if use_control_codes else None
     plan = _plan(sources, tokenizer, seq_len, options)
@@ -93,7 +137,8 @@ def pack(
         if finished := _finished(save_path, plan):
             log(f"{save_path} is done: {summary(finished)}")
             return finished
-        return _pack(sources, tokenizer, save_path, plan, start_id)
+        running = Running(workers or available_cores(), ray, skip_broken)
+        return _pack(sources, tokenizer, save_path, plan, start_id, running)
 
 
 def _plan(
@@ -118,17 +163,24 @@ def _pack(
     save_path: Path,
     plan: dict[str, Any],
     start_id: int | None,
+    running: Running,
 ) -> Manifest:
     """Both phases; the manifest of the finished folder."""
-    report, start_s = CorpusReport(), time.monotonic()
-    reading = {name: plan["options"][name] for name in ("n_files", "line_by_line", "text_key")}
-    texts = documents(sources, **reading, report=report)
-    n_examples = plan["options"]["n_examples"]
-    max_tokens = math.inf if n_examples is None else n_examples * plan["seq_len"] + 1
+    start_s = time.monotonic()
     work = _open_work(save_path, plan)
     try:
-        _write_tokens(work, encode_documents(texts, tokenizer, start_id), report, max_tokens)
-        manifest = _write_shards(save_path, plan, report)
+        store, report, encoder = _encode(sources, tokenizer, work, plan, start_id, running)
+        splits, duplicates = _choose_documents(store, report, plan["options"])
+        manifests = {
+            name: _write_split(save_path / name, work, store, plan, running, counts, segments)
+            for name, (counts, segments) in splits.items()
+        }
+        for name in reversed(manifests):  # train last: it finishes the folder
+            manifest = Manifest(**manifests[name], duplicates=duplicates, encoder=encoder)
+            write_manifest(save_path / name, manifest)
+            log(f"{save_path / name}: {summary(manifest)}")
+    except BrokenInput:  # the same command with --skip_broken goes on
+        raise
     except UserError:  # another command is needed: nothing may stand in its way
         _remove_shards(save_path)
         shutil.rmtree(work)
@@ -136,8 +188,7 @@ def _pack(
     shutil.rmtree(work)
     seconds = max(1e-9, time.monotonic() - start_s)
     log(f"read {report.summary()}")
-    log(f"{save_path}: {summary(manifest)}")
-    log(f"{seconds:.1f} s, {report.text_bytes / 1e6 / seconds:.2f} MB/s")
+    log(f"{seconds:.1f} s, {report.text_bytes / 1e6 / seconds:.2f} MB/s, {running.workers} workers")
     return manifest
 
 
@@ -152,6 +203,8 @@ def summary(manifest: Manifest) -> str:
         f"{n_shards:,} shards of {manifest.shards[0].rows:,} rows" if n_shards > 1 else "1 shard",
         f"{manifest.left_over_tokens:,} tokens left over",
     ]
+    if manifest.duplicates:
+        parts.insert(1, f"{manifest.duplicates:,} copies left out")
     if manifest.dropped_rows:
         limit = manifest.options.get("n_examples")
         reason = "that do not divide by the shards" + (
@@ -164,46 +217,67 @@ def summary(manifest: Manifest) -> str:
 # --- phase 1: documents to tokens ----------------------------------------------------------------
 
 
-def encode_documents(
-    texts: Iterable[str], tokenizer: TextTokenizer, start_id: int | None
-) -> Iterator[np.ndarray]:
-    """The token stream in blocks (n,): each document's tokens behind `start_id` (None: alone)."""
-    start = np.array([] if start_id is None else [start_id], tokenizer.dtype)
-    for batch in _batches(texts):
-        pairs = ((start, ids) for ids in tokenizer.encode_batch(batch))
-        stream = np.concatenate(list(itertools.chain.from_iterable(pairs)))
-        yield stream.astype(np.dtype(tokenizer.dtype).newbyteorder("<"), copy=False)
+def _encode(
+    sources: list[str],
+    tokenizer: TextTokenizer,
+    work: Path,
+    plan: dict[str, Any],
+    start_id: int | None,
+    running: Running,
+) -> tuple[TokenStore, CorpusReport, dict[str, Any]]:
+    """Run the tasks; the stored tokens, what was read, and which encoder did it."""
+    options, report = plan["options"], CorpusReport()
+    reading = {name: options[name] for name in ("line_by_line", "text_key", "min_length")}
+    reading["skip_broken"] = running.skip_broken
+    listing = {name: reading[name] for name in ("line_by_line", "skip_broken")}
+    tasks = cut_tasks(list_parts(sources, report, **listing), options["n_files"])
+    encoder = _choose_encoder(work, tokenizer, tasks, reading)
+    n_examples = options["n_examples"]
+    context = Context(
+        work=work,
+        tokenizer=tokenizer,
+        encoder=encoder["name"],
+        start_id=start_id,
+        reading=reading,
+        with_documents=_picks_documents(options),
+        max_tokens=math.inf if n_examples is None else n_examples * plan["seq_len"] + 1,
+    )
+    sizes: list[int] = []
+    with Progress("encode", unit="B") as progress:
+        for result in _encoded(context, tasks, running, progress):
+            sizes.append(result["tokens"])
+            report.add(result["report"])
+            note = f"{report.documents:,} documents, task {len(sizes):,} of {len(tasks):,}"
+            progress.update(report.text_bytes - progress.done, note)
+            if sum(sizes) >= context.max_tokens:
+                break
+    if not report.documents:
+        raise no_document(sources, report)
+    return TokenStore(work, tuple(sizes), plan["dtype"]), report, encoder
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch, n_characters = [], 0
-    for text in texts:
-        batch.append(text)
-        n_characters += len(text)
-        if n_characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, n_characters = [], 0
-    if batch:
-        yield batch
+def _encoded(
+    context: Context, tasks: list[Task], running: Running, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """The tasks' results in order; a single task shows its progress while it runs."""
+
+    def tick(report: CorpusReport) -> None:
+        progress.update(report.text_bytes - progress.done, f"{report.documents:,} documents")
+
+    if len(tasks) == 1:
+        return iter([encode_task(context, tasks[0], tick=tick)])
+    function = functools.partial(encode_task, context)
+    return run_tasks(function, tasks, workers=running.workers, ray=running.ray)
 
 
-def _write_tokens(
-    work: Path, stream: Iterable[np.ndarray], report: CorpusReport, max_tokens: float
-) -> None:
-    """Write the stream to the work folder; stop at the block that reaches `max_tokens`."""
-
-    def blocks() -> Iterator[np.ndarray]:
-        n_tokens, n_bytes = 0, 0
-        with Progress("encode", unit="B") as progress:
-            for block in stream:
-                yield block
-                n_tokens += len(block)
-                progress.update(report.text_bytes - n_bytes, f"{report.documents:,} documents")
-                n_bytes = report.text_bytes
-                if n_tokens >= max_tokens:
-                    return
-
-    write_file(work / TOKENS_FILE, blocks())
+def _choose_encoder(
+    work: Path, tokenizer: TextTokenizer, tasks: list[Task], reading: dict[str, Any]
+) -> dict[str, Any]:
+    """The encoder of this folder: chosen once, so that all tasks have the same."""
+    path = work / "encoder.json"
+    if not path.exists():
+        write_json(path, choose_encoder(tokenizer, sample(tasks, reading)))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _start_id(tokenizer: TextTokenizer, control_codes: Sequence[str] | None) -> int:
@@ -219,50 +293,109 @@ def _start_id(tokenizer: TextTokenizer, control_codes: Sequence[str] | None) -> 
     return tokenizer.token_to_id(control_codes[0])
 
 
+# --- which documents -----------------------------------------------------------------------------
+
+
+def _picks_documents(options: dict[str, Any]) -> bool:
+    """Whether documents are looked at one by one; else the stream is packed as it lies."""
+    return bool(
+        options["dedup"] or options["valid_fraction"] or options["shuffle_seed"] is not None
+    )
+
+
+def _choose_documents(
+    store: TokenStore, report: CorpusReport, options: dict[str, Any]
+) -> tuple[dict[str, tuple[dict[str, int], Segments]], int]:
+    """Of each split the counts of its text and its tokens; how many documents are copies."""
+    if not _picks_documents(options):
+        counts = {name: getattr(report, name) for name in COUNTS}
+        return {"": (counts, Segments.of_stream(sum(store.sizes)))}, 0
+    documents = store.documents()
+    orders, duplicates = order_documents(
+        documents,
+        dedup=options["dedup"],
+        valid_fraction=options["valid_fraction"],
+        shuffle_seed=options["shuffle_seed"],
+    )
+    splits = {}
+    for name, order in orders.items():
+        if not len(order):
+            raise UserError(
+                f"--valid_fraction {options['valid_fraction']} of {len(documents):,} documents"
+                f" leaves none for {name}/: expected more documents, or another fraction"
+            )
+        counts = {"documents": len(order)}
+        counts |= {field: int(documents[field][order].sum()) for field in COUNTS[1:]}
+        splits[name] = counts, segments_of(documents, order)
+    return splits, duplicates
+
+
+COUNTS = ("documents", "text_bytes", "words", "line_ends")  # fields of the manifest and the report
+
+
 # --- phase 2: tokens to shards -------------------------------------------------------------------
 
 
-def cut_rows(tokens: np.ndarray, seq_len: int) -> np.ndarray:
-    """All complete rows (n, seq_len + 1) of a stream, as a view; each starts with the last token
-    of the one before, so that every token but the first is predicted exactly once."""
-    if len(tokens) <= seq_len:
-        return np.empty((0, seq_len + 1), tokens.dtype)
-    return np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]
-
-
-def _write_shards(save_path: Path, plan: dict[str, Any], report: CorpusReport) -> Manifest:
-    path = save_path / WORK_FOLDER / TOKENS_FILE
+def _write_split(
+    folder: Path,
+    work: Path,
+    store: TokenStore,
+    plan: dict[str, Any],
+    running: Running,
+    counts: dict[str, int],
+    segments: Segments,
+) -> dict[str, Any]:
+    """Write the shards of one folder; the fields of its manifest."""
     seq_len, options = plan["seq_len"], plan["options"]
-    tokens = np.memmap(path, np.dtype(plan["dtype"]).newbyteorder("<"), mode="r")
-    rows = cut_rows(tokens, seq_len)
-    if not len(rows):
+    n_all = max(0, segments.n_tokens - 1) // seq_len
+    if not n_all:
         raise UserError(
-            f"the text is too short for one row: {report.documents:,} documents make"
-            f" {len(tokens):,} tokens, expected at least {seq_len + 1:,} (--seq_len {seq_len} and"
-            " one); take more text or a smaller --seq_len"
+            f"the text is too short for one row: {counts['documents']:,} documents make"
+            f" {segments.n_tokens:,} tokens, expected at least {seq_len + 1:,} (--seq_len {seq_len}"
+            " and one); take more text or a smaller --seq_len"
         )
-    n_rows = min(len(rows), options["n_examples"] or len(rows))
-    n_shards = min(n_rows, math.ceil(report.documents / options["files_per_tfrecord"]))
+    n_rows = min(n_all, options["n_examples"] or n_all)
+    n_shards = options["n_shards"] or math.ceil(counts["documents"] / options["files_per_tfrecord"])
+    if options["n_shards"] and n_rows < n_shards:
+        raise UserError(
+            f"--n_shards {n_shards} needs as many rows, the text makes {n_rows:,}: take more text,"
+            " a smaller --seq_len or fewer shards"
+        )
+    n_shards = min(n_rows, n_shards)
     size = n_rows // n_shards
+    folder.mkdir(exist_ok=True)
+    places = [i * size * seq_len for i in range(n_shards)]
+    tasks = [
+        (folder / f"{i}.tfrecord", segments.cut(place, place + size * seq_len + 1))
+        for i, place in enumerate(places)
+    ]
+    function = functools.partial(_write_shard, work, store, seq_len)
     shards: list[Shard] = []
     with Progress("write", total=n_shards * size, unit=" rows") as progress:
-        for i in range(n_shards):
-            path = save_path / f"{i}.tfrecord"
-            shards.append(write_shard(path, rows[i * size : (i + 1) * size]))
+        for shard in run_tasks(function, tasks, workers=running.workers, ray=running.ray):
+            shards.append(shard)
             progress.update(size)
-    manifest = Manifest(
+    return {
         **plan,
-        shards=tuple(shards),
-        documents=report.documents,
-        text_bytes=report.text_bytes,
-        words=report.words,
-        line_ends=report.line_ends,
-        tokens=len(tokens),
-        left_over_tokens=len(tokens) - 1 - len(rows) * seq_len,
-        dropped_rows=len(rows) - n_shards * size,
-    )
-    write_manifest(save_path, manifest)
-    return manifest
+        **counts,
+        "shards": tuple(shards),
+        "tokens": segments.n_tokens,
+        "left_over_tokens": segments.n_tokens - 1 - n_all * seq_len,
+        "dropped_rows": n_all - n_shards * size,
+    }
+
+
+def _write_shard(work: Path, store: TokenStore, seq_len: int, task: tuple[Path, Segments]) -> Shard:
+    """Write one shard, unless it is there and complete."""
+    path, segments = task
+    done = work / f"shard-{path.parent.name if path.parent != work.parent else ''}-{path.stem}.json"
+    if done.exists() and path.exists():
+        shard = Shard(**json.loads(done.read_text(encoding="utf-8")))
+        if path.stat().st_size == shard.bytes:
+            return shard
+    shard = write_shard(path, StreamRows(store, segments, seq_len))
+    write_json(done, asdict(shard))
+    return shard
 
 
 # --- the folder ----------------------------------------------------------------------------------
@@ -293,6 +426,11 @@ def _locked(save_path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _folders(save_path: Path, options: dict[str, Any]) -> list[Path]:
+    """Where the shards lie; the first folder's manifest is written last."""
+    return [save_path / name for name in (SPLITS if options["valid_fraction"] else ("",))]
+
+
 def _finished(save_path: Path, plan: dict[str, Any]) -> Manifest | None:
     """The manifest, if the folder holds the shards of `plan`, complete; None if unfinished.
 
@@ -300,12 +438,17 @@ def _finished(save_path: Path, plan: dict[str, Any]) -> Manifest | None:
         UserError: the folder holds something else.
     """
     work = save_path / WORK_FOLDER
-    if (save_path / MANIFEST_FILE).exists():
-        manifest = read_manifest(save_path)
-        _check_plan(save_path, {name: getattr(manifest, name) for name in plan}, plan)
-        open_rows(save_path)
+    for folder in dict.fromkeys([save_path, *_folders(save_path, plan["options"])]):
+        if (folder / MANIFEST_FILE).exists():
+            manifest = read_manifest(folder)
+            _check_plan(save_path, {name: getattr(manifest, name) for name in plan}, plan)
+    manifests = []
+    for folder in _folders(save_path, plan["options"]):
+        if (folder / MANIFEST_FILE).exists():
+            manifests.append(open_rows(folder).manifest)
+    if len(manifests) == len(_folders(save_path, plan["options"])):
         shutil.rmtree(work, ignore_errors=True)  # of a run killed behind its last step
-        return manifest
+        return manifests[0]
     if (work / PLAN_FILE).exists():
         _check_plan(save_path, _read_plan(work), plan)
         return None
@@ -353,22 +496,30 @@ def _open_work(save_path: Path, plan: dict[str, Any]) -> Path:
         write_json(work / PLAN_FILE, plan)
     except OSError as error:
         raise UserError(f"cannot write to --save_path {save_path} ({describe(error)})") from None
-    (work / TOKENS_FILE).unlink(missing_ok=True)  # of a killed run: no space for two
+    for path in save_path.rglob(".*.partial"):  # of a killed run
+        path.unlink()
     return work
 
 
 def _remove_packing(save_path: Path, plan: dict[str, Any]) -> None:
     """Remove what an earlier command packed here; files of others stay."""
-    manifest = save_path / MANIFEST_FILE
-    if not manifest.exists() and not (save_path / WORK_FOLDER / PLAN_FILE).exists():
+    work = save_path / WORK_FOLDER
+    folders = [save_path, *(save_path / name for name in SPLITS)]
+    manifests = [folder / MANIFEST_FILE for folder in folders]
+    if not (work / PLAN_FILE).exists() and not any(path.exists() for path in manifests):
         return
     # The plan first: killed in between, the folder is still known as ours.
+    shutil.rmtree(work, ignore_errors=True)
     _open_work(save_path, plan)
-    manifest.unlink(missing_ok=True)
+    for path in manifests:
+        path.unlink(missing_ok=True)
     _remove_shards(save_path)
 
 
 def _remove_shards(save_path: Path) -> None:
-    for path in save_path.glob("*.tfrecord"):
-        if path.stem.isdigit():
-            path.unlink()
+    for folder in (save_path, *(save_path / name for name in SPLITS)):
+        for path in folder.glob("*.tfrecord"):
+            if path.stem.isdigit():
+                path.unlink()
+        if folder != save_path and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

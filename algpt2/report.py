@@ -9,6 +9,7 @@ import json
 import netrc
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -114,10 +115,16 @@ def log(message: str = "") -> None:
         sys.stdout.flush()
 
 
+def write(text: str) -> None:
+    """Print a piece of a text on process 0, at once."""
+    if is_main_process():
+        print(text, end="", flush=True)
+
+
 # --- the folder of a run -------------------------------------------------------------------------
 
 NOT_OF_THE_RUN = {  # options that may change between two starts of the same run
-    "report", "sample", "eval_only", "compressors", "sample_only", "device", "compile",
+    "report", "sample", "eval", "eval_only", "compressors", "sample_only", "device", "compile",
     "n_devices", "steps_per_call", "overwrite", "debug",
 }  # fmt: skip
 
@@ -132,7 +139,7 @@ class RunReport:
     def __init__(self, save_dir: Path, run: dict[str, Any], step: int, report: Any) -> None:
         self.metrics_path, self.samples_path = save_dir / METRICS_FILE, save_dir / SAMPLES_FILE
         self.progress = Progress("train", total=run["steps"], unit="step", initial=step)
-        self.wandb = None
+        self.wandb, self.with_artifacts = None, report.wandb_artifacts
         if not is_main_process():
             return
         for path in (self.metrics_path, self.samples_path):
@@ -160,11 +167,8 @@ class RunReport:
             append_json(self.samples_path, {"step": step, "prompt": prompt, "text": text})
         log(f"sample at step {step}: {texts[0]!r}")
         if self.wandb is not None:
-            import wandb
-
             rows = [[step, prompt, text] for text in texts]
-            table = wandb.Table(columns=["step", "prompt", "text"], data=rows)
-            self._send({"samples": table}, step)
+            self._send({"samples": _wandb_table(["step", "prompt", "text"], rows)}, step)
 
     def histograms(self, step: int, arrays: dict[str, Any]) -> None:
         """Histograms of named arrays; W&B draws them, no other place does."""
@@ -172,6 +176,23 @@ class RunReport:
             import wandb
 
             self._send({k: wandb.Histogram(v) for k, v in arrays.items()}, step)
+
+    def artifact(self, folder: Path) -> None:
+        """A checkpoint folder as a W&B artifact of type "model", if `--wandb_artifacts`."""
+        if not self.with_artifacts or not is_main_process():
+            return
+        if self.wandb is None:
+            log("warning: --wandb_artifacts has no effect without W&B; offline needs no login")
+            return
+        try:
+            import wandb
+
+            name = re.sub(r"[^\w.-]", "-", folder.parent.resolve().name)
+            artifact = wandb.Artifact(name, type="model", description=folder.name)
+            artifact.add_dir(str(folder))
+            self.wandb.log_artifact(artifact)
+        except Exception as error:
+            log(f"warning: W&B did not take the artifact ({describe(error)}); {folder} has it")
 
     def _send(self, values: dict[str, Any], step: int) -> None:
         """Values to W&B; whatever it raises, the run is worth more than its curve there."""
@@ -191,6 +212,29 @@ class RunReport:
         if self.wandb is not None:
             with contextlib.suppress(Exception):  # the run is saved; W&B may fail
                 self.wandb.finish()
+
+
+def send_table(
+    save_dir: Path, report: Any, name: str, columns: list[str], rows: list[list[str]]
+) -> None:
+    """A table for the W&B run of an earlier start in `save_dir`; nothing where W&B is off."""
+    if not rows or not is_main_process():
+        return
+    run = json.loads((save_dir / RUN_FILE).read_text(encoding="utf-8"))
+    wandb_run = _start_wandb(save_dir, run, report)
+    if wandb_run is None:
+        return
+    try:
+        wandb_run.log({name: _wandb_table(columns, rows)})
+        wandb_run.finish()
+    except Exception as error:
+        log(f"warning: W&B failed ({describe(error)}); {save_dir} has the table")
+
+
+def _wandb_table(columns: list[str], rows: list[list[Any]]) -> Any:
+    import wandb
+
+    return wandb.Table(columns=columns, data=rows)
 
 
 def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, Any]:
@@ -217,6 +261,7 @@ def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, 
         changes = changed_options(before["options"], run["options"], NOT_OF_THE_RUN)
         changes += changed_options(before["data"], run["data"])
         kept = {"created": before["created"], "wandb_id": before["wandb_id"]}
+        kept |= {"before": before["before"]} if "before" in before else {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} is damaged: move it away, or choose another --save_dir") from None
     if changes:

@@ -7,27 +7,39 @@ import json
 import math
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import find_checkpoint, find_config_folder, write_json
+import numpy as np
+
+from .checkpoints import checkpoint_folders, find_checkpoint, find_config_folder
 from .corpus import cache_dir, describe_sources
 from .errors import UserError
-from .evaluation import TextTotals, compressor_bits_per_byte, table, text_metrics
-from .options import DataOptions, ModelOptions, OptimOptions, TrainOptions
+from .evaluation import TextTotals, table, text_metrics
+from .options import DEFAULT_TOKENIZER, DataOptions, ModelOptions, OptimOptions, TrainOptions
 from .packing import pack
-from .report import environment, log
-from .tfrecords import MANIFEST_FILE, Manifest, PackedRows, open_rows, read_manifest
+from .report import METRICS_FILE, environment, log, read_json_lines
+from .tfrecords import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    Manifest,
+    PackedRows,
+    open_rows,
+    read_manifest,
+    write_manifest,
+    write_shard,
+)
 from .tokenization_algpt2 import TextTokenizer, load_tokenizer
 
-DEFAULT_CONFIG, DEFAULT_TOKENIZER = "algpt2-tiny", "algpt2-tokenizer"
+DEFAULT_CONFIG = "algpt2-tiny"
 LR_FROM_SCRATCH, LR_FINETUNE = 1e-3, 5e-5
 
 
 def choose_tokenizer(data: DataOptions, model: ModelOptions) -> TextTokenizer:
-    """`--tokenizer`, else that of the checkpoint or config folder, else the packaged one.
+    """`--tokenizer`, else that of `--checkpoint`, `--init_from` or the config, else the packaged
+    one.
 
     Raises:
         UserError: unknown config, checkpoint or tokenizer, or one that does not fit the other:
@@ -38,10 +50,14 @@ def choose_tokenizer(data: DataOptions, model: ModelOptions) -> TextTokenizer:
         tokenizer = load_tokenizer(data.tokenizer)
     elif folder is None:
         tokenizer = load_tokenizer(str(model.checkpoint))
+    elif model.init_from:
+        start = Path(model.init_from)
+        tokenizer = load_tokenizer(str(find_checkpoint(start, log) if start.is_dir() else start))
     elif any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         tokenizer = load_tokenizer(str(folder))
     else:
         tokenizer = load_tokenizer(DEFAULT_TOKENIZER)
+    tokenizer = tokenizer.with_control_codes(data.control_codes or ())
     if folder is not None:
         exact = not model.checkpoint
         check_model_fits(read_config(folder), tokenizer, data.seq_len, exact=exact)
@@ -57,7 +73,8 @@ def check_model_fits(
         config: the content of a config.json.
         exact: the vocabularies have equal size; else the model's may be padded to a larger one.
     """
-    n_ids, n_embeddings = tokenizer.vocab_size, config.get("vocab_size", tokenizer.vocab_size)
+    n_ids = tokenizer.vocab_size - tokenizer.n_new_codes  # which get embeddings
+    n_embeddings = config.get("vocab_size", n_ids)
     if n_ids > n_embeddings or (exact and n_ids != n_embeddings):
         raise UserError(
             f"the tokenizer has {n_ids:,} entries and the model {n_embeddings:,}: expected the "
@@ -93,9 +110,24 @@ def open_or_pack(
 ) -> PackedRows:
     """The rows of packed shards, or of text that is packed into the cache folder first.
 
+    With one of `--control_codes` for each path, the documents of a path start with its code.
+
     Raises:
-        UserError: shards of another tokenizer or seq_len, text too short for one row.
+        UserError: shards of another tokenizer or seq_len, text too short for one row, more codes
+            than paths.
     """
+    codes = data.control_codes or ()
+    if len(codes) > 1:
+        if len(codes) != len(paths):
+            raise UserError(
+                f"{len(codes)} --control_codes for {len(paths)} path(s), {' '.join(paths)}: "
+                "expected one code, or one for each --train_path and each --val_path"
+            )
+        parts = [
+            open_or_pack([path], replace(data, control_codes=(code,)), tokenizer, seq_len)
+            for path, code in zip(paths, codes, strict=True)
+        ]
+        return open_rows(join_rows(parts))
     folder = Path(paths[0])
     if len(paths) > 1 or not (folder / MANIFEST_FILE).is_file():
         folder = pack_into_cache(paths, data, tokenizer, seq_len)
@@ -121,16 +153,40 @@ def pack_into_cache(
     key = {
         "sources": describe_sources(paths), "tokenizer": tokenizer.fingerprint, "seq_len": seq_len,
         "use_control_codes": data.use_control_codes, "line_by_line": data.line_by_line,
-        "text_key": data.text_key,
+        "text_key": data.text_key, "format_version": FORMAT_VERSION,
     }  # fmt: skip
+    if data.control_codes:
+        key["control_codes"] = list(data.control_codes)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir() / f"packed-{digest}"
     if not (folder / MANIFEST_FILE).is_file():
         log(f"packing {' '.join(paths)} into {folder}")
     pack(
         paths, tokenizer, folder, seq_len=seq_len, use_control_codes=data.use_control_codes,
-        line_by_line=data.line_by_line, text_key=data.text_key,
+        line_by_line=data.line_by_line, text_key=data.text_key, control_codes=data.control_codes,
     )  # fmt: skip
+    return folder
+
+
+def join_rows(parts: Sequence[PackedRows]) -> Path:
+    """A cache folder with the rows of all `parts`, which differ in text and control code only."""
+    manifests = [part.manifest for part in parts]
+    digest = hashlib.sha256("".join(map(fingerprint, manifests)).encode()).hexdigest()[:16]
+    folder = cache_dir() / f"joined-{digest}"
+    if (folder / MANIFEST_FILE).is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = np.concatenate([part[np.arange(len(part))] for part in parts])
+    summed = ("documents", "text_bytes", "words", "line_ends", "tokens", "dropped_rows")
+    manifest = replace(
+        manifests[0], shards=(write_shard(folder / "0.tfrecord", rows),),
+        sources=[source for m in manifests for source in m.sources],
+        options={"joined": [m.options for m in manifests]},
+        # The first token of a text is predicted nowhere; only one can be the stream's first.
+        left_over_tokens=sum(m.left_over_tokens for m in manifests) + len(parts) - 1,
+        **{name: sum(getattr(m, name) for m in manifests) for name in summed},
+    )  # fmt: skip
+    write_manifest(folder, manifest)
     return folder
 
 
@@ -211,11 +267,31 @@ def count_steps(optim: OptimOptions, n_rows: int, seq_len: int) -> int:
     return math.ceil(optim.epochs * n_rows / rows_per_step)
 
 
+def starts_from_weights(model: ModelOptions) -> bool:
+    """Whether a new run starts from trained weights: then there is a before to compare with."""
+    return bool(model.init_from or (model.checkpoint and not model.from_scratch))
+
+
+def log_before_and_after(run: dict[str, Any], save_dir: Path) -> None:
+    """Print a table of the validation text before the first step and after the last, if known."""
+    last = [x for x in read_json_lines(save_dir / METRICS_FILE) if "val_loss" in x][-1:]
+    if not last or not run.get("before"):
+        return
+    heading = ["", "loss (nats/token)", "ppl", "word ppl", "bits/byte"]
+    lines = [heading]
+    for name, values in (("before", run["before"]), (f"after {last[0]['step']:,} steps", last[0])):
+        numbers = (values[key] for key in ("val_loss", "val_ppl", "val_word_ppl", "val_bpb"))
+        formats = (".4f", ".2f", ".2f", ".4f")
+        lines.append([name, *(format(x, f) for x, f in zip(numbers, formats, strict=True))])
+    log(table(lines))
+
+
 def peak_lr(optim: OptimOptions, model: ModelOptions) -> float:
     """`--lr`, or the default for training from scratch or finetuning."""
     if optim.lr is not None:
         return optim.lr
-    return LR_FINETUNE if model.checkpoint and not model.from_scratch else LR_FROM_SCRATCH
+    finetunes = model.checkpoint and not model.from_scratch
+    return LR_FINETUNE if finetunes else LR_FROM_SCRATCH
 
 
 def text_totals(manifest: Manifest) -> TextTotals:
@@ -286,6 +362,15 @@ def _flags(options: dict[str, Any]) -> str:
     return " ".join(f"{k}={v}" for k, v in options.items() if v is not None)
 
 
+def result_folder(model: ModelOptions) -> Path:
+    """Where evaluations of a checkpoint are kept: its run's folder, or its own if it is of no
+    run, or the current folder for a name on the hub."""
+    folder = source_folder(model)
+    if folder is None:
+        return Path()
+    return folder.parent if folder in checkpoint_folders(folder.parent) else folder
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory instead of handing each large tensor back to the kernel.
 
@@ -301,53 +386,16 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
-# --- evaluation of a checkpoint ------------------------------------------------------------------
+def metrics_table(name: str, loss: float, totals: TextTotals) -> str:
+    """One line of what a checkpoint scores on a text, for people.
 
-
-def write_evaluation(
-    options: TrainOptions, rows: PackedRows, tokenizer: TextTokenizer, loss: float
-) -> str:
-    """The table of `--eval_only`, also written to `evaluation.json` beside the weights."""
-    totals = text_totals(rows.manifest)
-    result: dict[str, Any] = {
-        "checkpoint": options.model.checkpoint,
-        "text": list(options.data.val_path),
-        "seq_len": rows.manifest.seq_len,
-        **asdict(totals),
-        **text_metrics(loss, totals),
-    }
-    if options.compressors:
-        log("compressing the validation text with gzip -9 and xz -9e")
-        result["compressors"] = compressor_bits_per_byte(decode_documents(rows, tokenizer))
-    folder = source_folder(options.model) or Path()
-    lines = [
-        ["", "loss (nats/token)", "ppl", "word ppl", "bits/byte"],
-        [
-            folder.name, f"{result['val_loss']:.4f}", f"{result['val_ppl']:.2f}",
-            f"{result['val_word_ppl']:.2f}", f"{result['val_bpb']:.4f}",
-        ],
+    Args:
+        loss: nats per token.
+    """
+    metrics = text_metrics(loss, totals)
+    heading = ["", "loss (nats/token)", "ppl", "word ppl", "bits/byte"]
+    numbers = [
+        f"{metrics['val_loss']:.4f}", f"{metrics['val_ppl']:.2f}",
+        f"{metrics['val_word_ppl']:.2f}", f"{metrics['val_bpb']:.4f}",
     ]  # fmt: skip
-    for name, bits in result.get("compressors", {}).items():
-        lines.append([name, "", "", "", f"{bits:.4f}"])
-    path = folder.parent / "evaluation.json"
-    write_json(path, result)
-    text = (
-        f"{totals.tokens:,} tokens, {totals.words:,} words (line ends counted), "
-        f"{totals.text_bytes:,} bytes, context {rows.manifest.seq_len}, each token predicted once"
-    )
-    return f"{table(lines)}\n{text}\nwritten to {path}"
-
-
-def decode_documents(rows: PackedRows, tokenizer: TextTokenizer) -> Iterator[str]:
-    """The documents that the rows hold: rows overlap by one token, documents start with
-    end-of-text."""
-    ids: list[int] = []
-    for i in range(len(rows)):
-        for token in rows[i][:-1].tolist():
-            if token == tokenizer.eot_id and ids:
-                yield tokenizer.decode(ids)
-                ids = []
-            elif token != tokenizer.eot_id:
-                ids.append(token)
-    if ids:
-        yield tokenizer.decode(ids)
+    return table([heading, [name, *numbers]])

@@ -10,18 +10,32 @@ from .tokenization_algpt2 import TextTokenizer
 
 
 def sample_texts(
-    model: TFALGPT2LMHeadModel, tokenizer: TextTokenizer, options: SampleOptions, seed: int
+    model: TFALGPT2LMHeadModel,
+    tokenizer: TextTokenizer,
+    options: SampleOptions,
+    seed: int,
+    *,
+    code: str | None = None,
 ) -> list[str]:
-    """`n_samples` texts that start with the prompt and end at end-of-text or `max_length`."""
-    rows = sample_tokens(model, tokenizer, options, seed)
+    """`n_samples` texts that start with the prompt and end at end-of-text or `max_length`.
+
+    Args:
+        code: control code that stands before the prompt; None: end-of-text.
+    """
+    start_id = None if code is None else tokenizer.token_to_id(code)
+    rows = sample_tokens(model, tokenizer, options, seed, start_id)
     return [tokenizer.decode(row) for row in rows]
 
 
 def sample_tokens(
-    model: TFALGPT2LMHeadModel, tokenizer: TextTokenizer, options: SampleOptions, seed: int = 0
+    model: TFALGPT2LMHeadModel,
+    tokenizer: TextTokenizer,
+    options: SampleOptions,
+    seed: int = 0,
+    start_id: int | None = None,
 ) -> Rows:
     """The token ids of the texts; see `extend_texts`."""
-    draw, eot = np.random.default_rng(seed), tokenizer.eot_id
+    draw, ends = np.random.default_rng(seed), [*tokenizer.special_ids]
 
     @tf.function(reduce_retracing=True)
     def first(ids: tf.Tensor) -> tuple[tf.Tensor, Cache]:
@@ -40,13 +54,13 @@ def sample_tokens(
         for i in range(n_new):
             new = choose_tokens(logits.numpy().astype(np.float64), ids, options, draw)
             ids = np.concatenate([ids, new[:, None]], 1)
-            ended |= new == eot
+            ended |= np.isin(new, ends)
             if ended.all() or i == n_new - 1:
                 break
             logits, past = following(tf.constant(ids[:, -1:]), past)
         return ids[:, len(rows[0]) :].tolist()
 
-    return extend_texts(extend, tokenizer, options, model.config.n_positions)
+    return extend_texts(extend, tokenizer, options, model.config.n_positions, start_id)
 
 
 def choose_tokens(

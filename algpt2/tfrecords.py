@@ -26,11 +26,14 @@ from typing import Any, TypeVar
 import google_crc32c
 import numpy as np
 
-from .checkpoints import write_json
+from .checkpoints import json_text, write_json
 from .errors import UserError
+from .parallel import run_tasks
+from .report import Progress
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
+CHECKSUM = "sha256"  # key of the manifest's own, over all its other keys
 FEATURE = b"tokens"
 BLOCK_BYTES = 1 << 24  # of records assembled in memory at a time
 OPEN_SHARDS = 256  # memory maps held at a time: each holds a file descriptor
@@ -137,6 +140,8 @@ class Manifest:
     tokens: int  # of all documents, with the control code that starts each
     left_over_tokens: int  # at the end of the text, too few for one more row
     dropped_rows: int  # that do not divide by the shards, or beyond n_examples
+    duplicates: int  # documents left out as copies of earlier ones
+    encoder: dict  # name and version, and what it was compared on: encoders.choose_encoder
 
     @property
     def n_rows(self) -> int:
@@ -183,14 +188,21 @@ def parse_manifest(text: str, path: str | Path) -> Manifest:
         )
     manifest = _from_json(Manifest, content, path)
     problem = _inconsistency(manifest)
+    if not problem and content.get(CHECKSUM) != _checksum(asdict(manifest)):
+        problem = f"its {CHECKSUM} is not that of its content"
     if problem:
         raise UserError(f"{path} is damaged: {problem}")
     return manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, whole or not at all."""
-    write_json(folder / MANIFEST_FILE, asdict(manifest))
+    """Write `manifest.json`, whole or not at all, with a checksum of its content."""
+    content = asdict(manifest)
+    write_json(folder / MANIFEST_FILE, content | {CHECKSUM: _checksum(content)})
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _from_json(cls: type[T], content: Any, path: str | Path) -> T:
@@ -252,7 +264,7 @@ def write_file(path: Path, blocks: Iterable[bytes | np.ndarray]) -> tuple[int, s
     Raises:
         OSError: no space, no permission; nothing half-written stays behind.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     digest = hashlib.sha256()
     try:
         with partial.open("wb") as file:
@@ -339,3 +351,70 @@ def open_rows(folder: str | Path) -> PackedRows:
                 " copy it again, or pack again with --overwrite"
             )
     return PackedRows(folder, manifest)
+
+
+# --- checking ------------------------------------------------------------------------------------
+
+
+def verify(
+    folder: str | Path, *, tokenizer_sha256: str | None = None, workers: int = 1
+) -> tuple[Manifest, list[str]]:
+    """Read everything in `folder`; its manifest, and one line for each thing that is wrong.
+
+    Looked at: the manifest (each field, its checksum, its very bytes), missing and foreign shards,
+    and of every shard the size, the sha256, and each record's framing, crc and token ids.
+
+    Args:
+        tokenizer_sha256: fingerprint of the tokenizer that the shards should be of; None: any.
+
+    Raises:
+        UserError: no manifest, or one that is damaged.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    problems = []
+    text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
+    content = asdict(manifest)
+    if text != json_text(content | {CHECKSUM: _checksum(content)}):
+        problems.append(f"{folder / MANIFEST_FILE}: not the bytes that were written")
+    if tokenizer_sha256 not in (None, manifest.tokenizer_sha256):
+        problems.append(
+            f"{folder}: packed with the tokenizer {manifest.tokenizer_sha256[:12]}, expected"
+            f" {tokenizer_sha256[:12]}"
+        )
+    listed = {shard.file for shard in manifest.shards}
+    foreign = sorted(path for path in folder.glob("*.tfrecord") if path.name not in listed)
+    problems += [f"{path}: not in {MANIFEST_FILE}" for path in foreign]
+    check = functools.partial(_check_shard, folder, manifest)
+    with Progress("verify", total=len(listed), unit="shards") as progress:
+        for found in run_tasks(check, manifest.shards, workers=workers):
+            problems += found
+            progress.update(1)
+    return manifest, problems
+
+
+def _check_shard(folder: Path, manifest: Manifest, shard: Shard) -> list[str]:
+    path = folder / shard.file
+    if not path.is_file():
+        return [f"{path}: missing"]
+    if (n_bytes := path.stat().st_size) != shard.bytes:
+        return [f"{path}: {n_bytes:,} bytes, expected {shard.bytes:,}"]
+    dtype = record_dtype(manifest.seq_len, manifest.dtype)
+    step = max(1, BLOCK_BYTES // dtype.itemsize)
+    digest, bad_rows = hashlib.sha256(), []
+    with path.open("rb") as file:
+        for first in range(0, shard.rows, step):
+            raw = file.read(step * dtype.itemsize)
+            digest.update(raw)
+            records = np.frombuffer(raw, dtype)
+            expected = build_records(records["tokens"].astype(manifest.dtype))
+            wrong = (records["head"] != expected["head"]).any(1)
+            wrong |= records["crc"] != expected["crc"]
+            wrong |= (records["tokens"] >= manifest.vocab_size).any(1)
+            bad_rows += (first + np.flatnonzero(wrong)).tolist()
+    if bad_rows:
+        rows = ", ".join(map(str, bad_rows[:5])) + (" ..." if len(bad_rows) > 5 else "")
+        return [f"{path}: {len(bad_rows):,} damaged records (rows {rows})"]
+    if digest.hexdigest() != shard.sha256:
+        return [f"{path}: its sha256 is not the manifest's, though all its records are sound"]
+    return []

@@ -5,6 +5,7 @@ stand just before it. Text is data: a control code written out in it is encoded 
 characters; only the packer and the sampler put `eot_id` between documents.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -37,7 +39,8 @@ class TextTokenizer:
     """A trained tokenizer as the rest of the project sees it: text to arrays of ids and back.
 
     `vocab_size` is the largest id + 1, added tokens included; `dtype` the smallest unsigned type
-    that holds all ids; `fingerprint` the sha256 of the canonical tokenizer.json.
+    that holds all ids; `fingerprint` the sha256 of the canonical tokenizer.json; `special_ids` are
+    the ids of all control codes; `n_new_codes` of them have come since the tokenizer was saved.
     """
 
     def __init__(self, tokenizer: Tokenizer, folder: Path, end_of_text: str) -> None:
@@ -52,6 +55,37 @@ class TextTokenizer:
         self.eot_id: int = tokenizer.token_to_id(end_of_text)
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         self.fingerprint = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+        added = tokenizer.get_added_tokens_decoder().items()
+        self.special_ids = sorted({self.eot_id} | {i for i, token in added if token.special})
+        self.n_new_codes = 0
+
+    def with_control_codes(self, codes: Sequence[str]) -> "TextTokenizer":
+        """A tokenizer that also has `codes`; those it does not know get the next ids.
+
+        Raises:
+            UserError: a code is an ordinary entry of the vocabulary.
+        """
+        known = {code: self.token_to_id(code) for code in codes}
+        if words := [c for c, i in known.items() if i is not None and i not in self.special_ids]:
+            raise UserError(
+                f"control code {words[0]!r} is an ordinary word of the vocabulary; mark it: <|…|>"
+            )
+        new = [code for code, i in known.items() if i is None]
+        if not new:
+            return self
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.add_special_tokens([AddedToken(code, normalized=False) for code in new])
+        result = TextTokenizer(tokenizer, self.folder, self._end_of_text)
+        result.n_new_codes = len(new)
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its folder, so that a worker process loads it once for all tasks."""
+        return _load_same, (str(self.folder), self.fingerprint)
+
+    def to_json(self) -> str:
+        """The canonical tokenizer.json."""
+        return self._tokenizer.to_str()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One array of ids (n_tokens,) per text; no special token is added."""
@@ -70,10 +104,11 @@ class TextTokenizer:
         """Copy the tokenizer's files into `folder`; `AutoTokenizer` loads them in any case."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = _config("PreTrainedTokenizerFast", self._end_of_text)
+        codes = [self.decode([i]) for i in self.special_ids]
+        config = _config("PreTrainedTokenizerFast", self._end_of_text, codes)
         (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
         (folder / "tokenizer.json").write_text(self._tokenizer.to_str(), encoding="utf-8")
-        for name in TOKENIZER_FILES:
+        for name in () if self.n_new_codes else TOKENIZER_FILES:
             if (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
                 shutil.copyfile(self.folder / name, folder / name)
 
@@ -187,11 +222,13 @@ def _config(tokenizer_class: str, end_of_text: str, codes: Sequence[str] = ()) -
         "bos_token": end_of_text,
         "clean_up_tokenization_spaces": False,
         "eos_token": end_of_text,
-        "extra_special_tokens": [code for code in codes if code != end_of_text],
         "model_max_length": MODEL_MAX_LENGTH,
         "tokenizer_class": tokenizer_class,
         "unk_token": end_of_text,
     }
+    # transformers 4 takes no list, not even an empty one.
+    if extra := [code for code in codes if code != end_of_text]:
+        config["extra_special_tokens"] = extra
     return json.dumps(config, indent=2) + "\n"
 
 
@@ -233,6 +270,14 @@ def _load_folder(folder: Path) -> TextTokenizer:
     except Exception as error:  # what the Rust side raises is a bare Exception
         raise UserError(f"{folder}: the tokenizer's files are damaged ({error})") from None
     return TextTokenizer(tokenizer, folder, end_of_text)
+
+
+@functools.lru_cache(4)
+def _load_same(folder: str, fingerprint: str) -> TextTokenizer:
+    tokenizer = _load_folder(Path(folder))
+    if tokenizer.fingerprint != fingerprint:
+        raise UserError(f"{folder}: the tokenizer changed while it was in use")
+    return tokenizer
 
 
 def _load_vocab_and_merges(folder: Path) -> Tokenizer:

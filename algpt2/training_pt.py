@@ -4,6 +4,7 @@ Everything random is a function of (seed, step, process) and every position in t
 step, so a checkpoint is weights, optimizer state and a step number.
 """
 
+import atexit
 import contextlib
 import math
 import os
@@ -30,13 +31,14 @@ from .checkpoints import (
     prune_checkpoints,
     write_checkpoint,
 )
+from .convert_pt import start_model
 from .errors import NonFiniteError, UserError, describe
 from .evaluation import text_metrics
 from .loop import Hooks, run_loop, step_lr_factor
 from .modeling_algpt2 import ALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TrainOptions
 from .report import RunReport, log
-from .runs import check_model_fits, keep_freed_memory, peak_lr, text_totals
+from .runs import check_model_fits, keep_freed_memory, peak_lr, starts_from_weights, text_totals
 from .sampling_pt import sample_texts
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer
@@ -108,6 +110,8 @@ def start_processes(options: TrainOptions) -> Processes:
         keep_freed_memory()
     if count > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Its threads must end before the interpreter does: left alone, 2 of 40 runs aborted there.
+        atexit.register(dist.destroy_process_group)
     return Processes(int(os.environ.get("RANK", "0")), count, device, _dtype(options.optim, device))
 
 
@@ -139,7 +143,8 @@ def _dtype(optim: OptimOptions, device: torch.device) -> torch.dtype:
 
 
 def build_model(options: ModelOptions, tokenizer: TextTokenizer, seq_len: int | None) -> nn.Module:
-    """The model of `--config` with random weights or that of `--checkpoint`, in float32 on the CPU.
+    """The model of `--config` with random weights or the start that `--init_from` gives, or that
+    of `--checkpoint`, in float32 on the CPU.
 
     Raises:
         UserError: unknown config or checkpoint, vocabulary or seq_len that does not fit.
@@ -156,6 +161,10 @@ def build_model(options: ModelOptions, tokenizer: TextTokenizer, seq_len: int | 
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if options.init_from:
+            start_model(model, options.init_from, options.init_blocks or ("mean",))
+        if tokenizer.vocab_size > model.config.vocab_size:
+            add_embeddings(model, tokenizer.vocab_size)
     except UserError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
@@ -163,6 +172,15 @@ def build_model(options: ModelOptions, tokenizer: TextTokenizer, seq_len: int | 
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model
+
+
+@torch.no_grad()
+def add_embeddings(model: nn.Module, vocab_size: int) -> None:
+    """Rows for new control codes in both token tables: the mean of those that are there."""
+    n_before = model.config.vocab_size
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        table.weight[n_before:] = table.weight[:n_before].mean(0)
 
 
 # --- optimizer -----------------------------------------------------------------------------------
@@ -355,7 +373,9 @@ def build_trainer(
     """Model and optimizer of a new run, or in the state of `checkpoint`."""
     source = options.model
     if checkpoint:
-        source = replace(source, checkpoint=str(checkpoint.folder), from_scratch=False)
+        source = replace(
+            source, checkpoint=str(checkpoint.folder), from_scratch=False, init_from=None
+        )
     torch.manual_seed(options.optim.seed)
     model = build_model(source, tokenizer, rows.manifest.seq_len).to(processes.device)
     optimizers = build_optimizer(model, options.optim, peak_lr(options.optim, options.model))
@@ -437,6 +457,22 @@ def evaluate(
     return (processes.mean(total) * processes.count / len(ids)).item()
 
 
+def validate(trainer: Trainer, rows: PackedRows, n_rows: int | None = None) -> dict[str, float]:
+    """`val_loss` and what follows from it, of the model as it is now."""
+    batch_size = trainer.options.optim.batch_size
+    loss = evaluate(trainer.model, rows, trainer.processes, batch_size, n_rows)
+    return text_metrics(loss, text_totals(rows.manifest))
+
+
+def measure_start(trainer: Trainer, rows: PackedRows, run: dict[str, Any]) -> dict[str, Any]:
+    """`before` for run.json: the validation metrics of the weights that a new run starts from."""
+    is_new = trainer.step == 0 and "before" not in run
+    if not is_new or not starts_from_weights(trainer.options.model):
+        return {}
+    log("evaluating the weights that training starts from")
+    return {"before": validate(trainer, rows)}
+
+
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
@@ -493,18 +529,13 @@ def make_hooks(
     def tick(n_steps: int, loss: float) -> None:
         report.progress.update(n_steps, f"loss {loss:.3f}")
 
-    def validate(last: bool) -> dict[str, float]:
-        n_rows = None if last else options.data.n_eval_rows
-        batch_size = options.optim.batch_size
-        loss = evaluate(model, val_rows, trainer.processes, batch_size, n_rows)
-        return text_metrics(loss, text_totals(val_rows.manifest))
-
     def save() -> None:
         save_state(trainer, tokenizer, {key: run[key] for key in ("options", "data", "versions")})
 
     def sample() -> None:
         if trainer.processes.rank == 0:
-            texts = sample_texts(model, tokenizer, options.sample, options.optim.seed)
+            code = (options.data.control_codes or (None,))[0]
+            texts = sample_texts(model, tokenizer, options.sample, options.optim.seed, code=code)
             report.samples(trainer.step, options.sample.prompt, texts)
 
     def histograms() -> None:
@@ -515,7 +546,10 @@ def make_hooks(
                 arrays[f"gradients/{name}"] = p.grad.float().cpu().numpy()
         report.histograms(trainer.step, arrays)
 
-    return Hooks(tick, report.metrics, validate, save, sample, histograms)
+    def evaluate_now(last: bool) -> dict[str, float]:
+        return validate(trainer, val_rows, None if last else options.data.n_eval_rows)
+
+    return Hooks(tick, report.metrics, evaluate_now, save, sample, histograms)
 
 
 def fit(trainer: Trainer, hooks: Hooks) -> bool:

@@ -3,15 +3,27 @@
 import gzip
 import json
 import os
+import pickle
+import random
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from algpt2 import docstrings
-from algpt2.corpus import CorpusReport, Part, describe_sources, documents, first_bytes, list_parts
+from algpt2 import corpus, docstrings
+from algpt2.corpus import (
+    CorpusReport,
+    count_words,
+    describe_parts,
+    describe_sources,
+    documents,
+    first_bytes,
+    list_parts,
+    read_parts,
+)
 from algpt2.errors import UserError
 
 
@@ -209,7 +221,7 @@ def test_hub_datasets_from_a_local_folder(tmp_path, monkeypatch):
         ("nowhere", "nowhere: no such file or folder"),
         ("no*thing", "no\\*thing holds no text: .* found no file"),
         ("empty", "empty holds no text: .* found no file"),
-        ("pictures", r"pictures holds no text: .* found 3 other files \(.png: 2, .zip: 1\)"),
+        ("pictures", r"pictures holds no text: .* found 3 other files \(.png: 2, .rar: 1\)"),
         ("pictures/a.png", "a.png is not a text file"),
         ("docs:test", "expected docs:train, docs:valid or docs:all"),
         ("hf:", "needs the name of a dataset"),
@@ -220,7 +232,7 @@ def test_sources_without_text_are_named_before_anything_is_read(
 ):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    for name in ("a.png", "b.png", "c.zip"):
+    for name in ("a.png", "b.png", "c.rar"):
         write(Path("pictures") / name, "x")
     write(Path("good.txt"), "good")
     with pytest.raises(UserError, match=message):
@@ -264,15 +276,179 @@ def test_a_damaged_page_of_a_parquet_file_is_an_error(tmp_path):
         read(path)
 
 
+def test_broken_files_and_lines_are_left_out_on_request(tmp_path, capsys):
+    rows = lines({"text": "1"}) + "{broken\n" + lines({"text": "2"}) + "[1]\n"
+    write(tmp_path / "a.jsonl", rows)
+    write(tmp_path / "b.txt.gz", gzip.compress(os.urandom(5000))[:-99])
+    write(tmp_path / "c.parquet", "not parquet")
+    write(tmp_path / "d.txt", "whole")
+    report = CorpusReport()
+    assert read(tmp_path, skip_broken=True, report=report) == ["1", "2", "whole"]
+    assert report.n_broken == 4 and "a.jsonl, line 2: expected a JSON object" in report.broken[0]
+    assert [message.partition(":")[0].split("/")[-1] for message in report.broken] == [
+        "a.jsonl, line 2", "a.jsonl, line 4", "b.txt.gz", "c.parquet"
+    ]  # fmt: skip
+    assert capsys.readouterr().out.count("left out: ") == 4
+    assert "4 broken ones left out" in report.summary()
+    write(tmp_path / "a.jsonl", lines({"body": "x"}))
+    with pytest.raises(UserError, match=r"no 'text'"):  # not damage, but a flag to set
+        read(tmp_path, skip_broken=True)
+
+
+@pytest.mark.parametrize("change", ["longer", "other", "gone"])
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl", "b.txt.gz", "b.parquet"])
+def test_a_file_that_changes_under_it_is_named(tmp_path, name, change):
+    contents = {"b.txt": "text", "b.jsonl": lines({"text": "x"}), "b.txt.gz": gzip.compress(b"x")}
+    path = tmp_path / name
+    write_parquet(path, ["x"]) if name == "b.parquet" else write(path, contents[name])
+    for other in ("a.txt", "c.txt"):
+        write(tmp_path / other, other)
+    texts = documents(str(tmp_path))
+    parts = list(list_parts([str(tmp_path)]))
+    assert next(texts) == "a.txt"
+    if change == "longer":
+        path.write_bytes(path.read_bytes() * 2)
+    elif change == "other":
+        os.utime(path, ns=(0, 1))
+    else:
+        path.unlink()
+    what = "it is gone" if change == "gone" else "it has [0-9,]+ bytes now"
+    with pytest.raises(UserError, match=rf"{name} has changed since .* \({what}\)"):
+        list(read_parts(parts, report=CorpusReport()))
+    if name == "b.txt":  # listed with a.txt
+        with pytest.raises(UserError, match=rf"{name} has changed"):
+            list(texts)
+
+
+def test_a_file_that_grows_while_it_is_read_is_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", lines(*({"text": f"row {i}"} for i in range(9))))
+    texts = documents(str(path))
+    assert next(texts) == "row 0"
+    with path.open("a") as file:
+        file.write(lines({"text": "late"}))
+    with pytest.raises(UserError, match=r"a.jsonl has changed"):
+        list(texts)
+
+
+def test_short_documents_are_left_out_and_counted(tmp_path):
+    path = write(tmp_path / "a.txt", "ä\nää\näää\n\nab\n")
+    report = CorpusReport()
+    assert read(path, line_by_line=True, min_length=2, report=report) == ["ää", "äää", "ab"]
+    assert (report.documents, report.short, report.empty) == (3, 1, 1)
+    assert "1 short ones left out" in report.summary()
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words_bytes", [1 << 20, 300, 7])
+def test_words_are_what_split_finds(monkeypatch, words_bytes):
+    monkeypatch.setattr(corpus, "WORDS_BYTES", words_bytes)
+    spaces = [chr(i) for i in range(0x110000) if chr(i).isspace()]
+    near = [chr(ord(s) + i) for s in spaces for i in (-1, 1) if ord(s)]
+    alphabet = [*spaces * 3, *near, *"abcdefgh" * 5, "é", "漢", "😀", "\u00a1", "\u2010", "\u3001"]
+    draw = random.Random(0)
+    for _ in range(300):
+        text = "".join(draw.choices(alphabet, k=draw.choice([0, 1, 2, 300, 2000])))
+        assert count_words(text.encode()) == len(text.split()), text
+    for text in [*spaces, *near, " " * 999, "a" * 999, " a" * 999, "a " * 999]:
+        assert count_words(text.encode()) == len(text.split())
+        assert count_words((text + "b" * 400 + text).encode()) == len(
+            f"{text}{'b' * 400}{text}".split()
+        )
+
+
+def test_words_of_many_documents_are_counted_once_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "WORDS_BYTES", 50)
+    texts = [f"{i} words\u2003here\u00a0" * (i % 9) + "end" for i in range(200)]
+    path = write(tmp_path / "a.jsonl", lines(*({"text": text} for text in texts)))
+    report = CorpusReport()
+    for n, _ in enumerate(documents(str(path), report=report), start=1):
+        if n % 7 == 0:
+            assert report.words == sum(len(text.split()) for text in texts[:n])
+    total = CorpusReport()
+    total.add(asdict(report))
+    assert total.words == report.words == sum(len(text.split()) for text in texts)
+    assert total == report
+
+
 # --- parts, description, cap ---------------------------------------------------------------------
 
 
 def test_parts_name_what_can_be_read_on_its_own(folder):
-    parts = list(list_parts([str(folder / "a"), str(folder / "d.jsonl"), "docs:", "hf:x:y"]))
-    assert parts[0] == Part("text", str(folder / "a" / "a.md"))
-    assert parts[2:] == [
-        Part("jsonl", str(folder / "d.jsonl")), Part("docs", "train"), Part("hf", "x:y")
-    ]  # fmt: skip
+    sources = [str(folder / "a"), str(folder / "d.jsonl"), "docs:", "hf:x:y"]
+    parts = list(list_parts(sources))
+    assert [(part.kind, part.name, part.files, part.n_files) for part in parts] == [
+        ("text", f"{folder}/a/", "a.md\0z.txt", 2),
+        ("jsonl", f"{folder}/d.jsonl", "", 1),
+        ("docs", "train", "", None),
+        ("hf", "x:y", "", None),
+    ]
+    assert parts[0].paths == [f"{folder}/a/a.md", f"{folder}/a/z.txt"] and parts[0].size == 13
+    assert [part.source for part in parts] == sources
+    assert pickle.loads(pickle.dumps(parts)) == parts
+
+
+def read_by_parts(source, **options):
+    """The documents of each part, read in an order and in readers of their own."""
+    listing = {name: options[name] for name in ("line_by_line",) if name in options}
+    parts = list(list_parts([str(source)], **listing))
+    report = CorpusReport()
+    texts = {
+        i: list(read_parts([parts[i]], report=report, **options)) for i in range(len(parts))[::-1]
+    }
+    return [texts[i] for i in range(len(parts))], report
+
+
+def test_a_run_of_files_ends_by_number_and_by_bytes(tmp_path, monkeypatch):
+    for i in range(25):
+        write(tmp_path / f"{i:02}.txt", "x" * (i + 1))
+    monkeypatch.setattr(corpus, "RUN_FILES", 10)
+    texts, report = read_by_parts(tmp_path)
+    assert [len(part) for part in texts] == [10, 10, 5] and report.files == 25
+    monkeypatch.setattr(corpus, "RUN_BYTES", 30)
+    texts, _ = read_by_parts(tmp_path)
+    assert [len(part) for part in texts][:4] == [7, 3, 2, 2]
+    assert [text for part in texts for text in part] == read(tmp_path)
+    write(tmp_path / "01.jsonl", lines({"text": "a table between them"}))
+    texts, _ = read_by_parts(tmp_path)
+    assert texts[0] == ["x"] and texts[1] == ["a table between them"]
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 40, 64, 100, 50_000])
+def test_large_tables_and_texts_of_lines_are_read_in_pieces(tmp_path, monkeypatch, piece_bytes):
+    monkeypatch.setattr(corpus, "PIECE_BYTES", piece_bytes)
+    texts = [f"row {i} " + "ü" * (i * 7 % 50) for i in range(40)]
+    sources = {
+        write(tmp_path / "a.jsonl", "\ufeff" + lines(*({"text": text} for text in texts))): {},
+        write(tmp_path / "a.txt", "\ufeff" + "\n".join(texts)): {"line_by_line": True},
+        write_parquet(tmp_path / "a.parquet", texts): {},
+    }
+    for path, options in sources.items():
+        found, report = read_by_parts(path, **options)
+        assert [text for part in found for text in part] == texts == read(path, **options)
+        assert (len(found) > 1) == (piece_bytes <= path.stat().st_size)
+        assert report.files == 1
+        assert read(path, write(tmp_path / "b", "b"), n_files=1, **options) == texts
+
+
+def test_a_broken_line_in_a_piece_is_found_by_its_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE_BYTES", 30)
+    rows = lines(*({"text": f"row {i}"} for i in range(5)))
+    path = write(tmp_path / "a.jsonl", rows + "{broken\n" + rows)
+    with pytest.raises(UserError, match=rf"a.jsonl, byte {len(rows)}: expected a JSON object"):
+        read(path)
+
+
+def test_the_description_of_parts_is_that_of_their_sources(folder, monkeypatch):
+    monkeypatch.setattr(corpus, "RUN_FILES", 2)
+    sources = [str(folder), "docs:valid"]
+    monkeypatch.setattr(corpus, "package_versions", lambda: {"package": "1"})
+    for n_files in (None, 1, 3, 100):
+        parts = list(list_parts(sources))
+        assert describe_parts(parts, n_files) == describe_sources(sources, n_files=n_files)
+    assert describe_sources(sources, n_files=3)[0]["files"] == 3
+    assert describe_sources(sources, n_files=3)[0]["bytes"] == 12
 
 
 def test_the_description_changes_with_the_files_and_only_with_them(folder):
@@ -380,3 +556,9 @@ def test_docs_of_a_real_package(monkeypatch):
     texts = read("docs:all")
     assert len(texts) > 10 and all(len(text) >= 200 for text in texts)
     assert any("Decorate an iterable object" in text for text in texts)
+
+
+def test_words_of_a_long_text_are_a_number_that_json_knows():
+    text = "two words " * (corpus.WORDS_BYTES // 4)
+    n_words = corpus.count_words(text.encode())
+    assert json.loads(json.dumps(n_words)) == len(text.split())

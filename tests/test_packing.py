@@ -1,21 +1,27 @@
 """Packing by hand on short token lists, and the folder through all that can happen to it."""
 
+import io
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from algpt2 import packing, tfrecords
+from algpt2 import corpus, packing, tfrecords, token_store
+from algpt2.corpus import BrokenInput, hash_fraction
 from algpt2.errors import UserError
-from algpt2.packing import cut_rows, encode_documents, pack
+from algpt2.packing import pack
 from algpt2.tfrecords import MANIFEST_FILE, open_rows, read_manifest
+from algpt2.token_store import Segments, StreamRows, TokenStore, encode_documents
 
 EOT = 99
 
@@ -66,20 +72,33 @@ def contents(folder):
 # --- the arithmetic ------------------------------------------------------------------------------
 
 
+def encode(text):
+    return TOKENIZER.encode_batch([text])[0]
+
+
+def blocks(texts, start_id=EOT):
+    pairs = ((text, None) for text in texts)
+    return [block.tolist() for block, _ in encode_documents(pairs, encode, start_id, np.uint16)]
+
+
 def test_each_document_starts_with_the_code():
-    blocks = list(encode_documents(iter(["ab", "c"]), TOKENIZER, EOT))
-    assert [block.tolist() for block in blocks] == [[EOT, 1, 2, EOT, 3]]
-    blocks = list(encode_documents(iter(["ab", "c"]), TOKENIZER, None))
-    assert [block.tolist() for block in blocks] == [[1, 2, 3]]
+    assert blocks(["ab", "c"]) == [[EOT, 1, 2, EOT, 3]]
+    assert blocks(["ab", "c"], None) == [[1, 2, 3]]
 
 
 def test_the_stream_does_not_depend_on_the_batches(monkeypatch):
     texts = ["abc", "d", "efgh", "ij"] * 5
-    whole = np.concatenate(list(encode_documents(texts, TOKENIZER, EOT)))
-    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 4)
-    blocks = list(encode_documents(texts, TOKENIZER, EOT))
-    assert len(blocks) > 5
-    assert np.concatenate(blocks).tolist() == whole.tolist()
+    (whole,) = blocks(texts)
+    monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 4)
+    assert len(blocks(texts)) > 5
+    assert [token for block in blocks(texts) for token in block] == whole
+
+
+def store(folder, *task_tokens):
+    """A store of tasks with these tokens."""
+    for i, tokens in enumerate(task_tokens):
+        np.array(tokens, "<u2").tofile(folder / f"{i:05d}.tokens")
+    return TokenStore(folder, tuple(map(len, task_tokens)), "uint16")
 
 
 @pytest.mark.parametrize(
@@ -92,8 +111,21 @@ def test_the_stream_does_not_depend_on_the_batches(monkeypatch):
         (11, [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]),
     ],
 )
-def test_rows_overlap_by_one_token(n_tokens, rows):
-    assert cut_rows(np.arange(n_tokens), 3).tolist() == rows
+def test_rows_overlap_by_one_token(tmp_path, n_tokens, rows):
+    tokens = store(tmp_path, list(range(n_tokens)))
+    stream = StreamRows(tokens, Segments.of_stream(n_tokens), 3)
+    assert len(stream) == len(rows)
+    assert [row for i in range(len(rows)) for row in stream[i : i + 1].tolist()] == rows
+
+
+def test_any_cut_of_any_segments_is_that_stretch_of_the_stream(tmp_path):
+    tokens = store(tmp_path, [0, 1, 2, 3], [], [4], [5, 6, 7, 8, 9])
+    segments = Segments(np.array([7, 0, 3]), np.array([3, 2, 4]))
+    stream = [7, 8, 9, 0, 1, 3, 4, 5, 6]
+    assert tokens.read(segments).tolist() == stream
+    for start in range(len(stream)):
+        for stop in range(start + 1, len(stream) + 1):
+            assert tokens.read(segments.cut(start, stop)).tolist() == stream[start:stop]
 
 
 # --- a packed folder -----------------------------------------------------------------------------
@@ -135,7 +167,7 @@ def test_rows_in_order_are_the_text_and_predict_each_token_once(tmp_path, text):
 
 
 def test_shards_are_equal_and_what_does_not_divide_is_counted(tmp_path, text, capsys):
-    manifest = pack(text, TOKENIZER, tmp_path / "out", seq_len=2, files_per_tfrecord=2)
+    manifest = pack(text, TOKENIZER, tmp_path / "out", seq_len=2, files_per_tfrecord=2, workers=1)
     assert [(s.file, s.rows) for s in manifest.shards] == [("0.tfrecord", 4), ("1.tfrecord", 4)]
     assert (manifest.dropped_rows, manifest.left_over_tokens) == (1, 1)
     assert [row[0] for row in stored(tmp_path / "out")] == STREAM[:16:2]
@@ -146,7 +178,7 @@ def test_shards_are_equal_and_what_does_not_divide_is_counted(tmp_path, text, ca
 
 
 def test_no_more_shards_than_rows(tmp_path, text):
-    manifest = pack(text, TOKENIZER, tmp_path / "out", seq_len=9, files_per_tfrecord=1)
+    manifest = pack(text, TOKENIZER, tmp_path / "out", seq_len=9, files_per_tfrecord=1, workers=1)
     assert [shard.rows for shard in manifest.shards] == [1, 1]
 
 
@@ -161,7 +193,7 @@ def test_every_token_is_accounted_for(tmp_path, text, n_examples):
 
 def test_n_examples_stops_reading_and_counts_what_was_read(tmp_path, monkeypatch, capsys):
     text = write_texts(tmp_path / "text", *["abcdefgh"] * 9)
-    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 8)
+    monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 8)
     manifest = pack(text, TOKENIZER, tmp_path / "out", seq_len=4, n_examples=2)
     assert (manifest.documents, manifest.tokens, manifest.n_rows) == (1, 9, 2)
     manifest = pack(text, TOKENIZER, tmp_path / "out", seq_len=4, n_examples=3, overwrite=True)
@@ -203,7 +235,7 @@ def test_lines_as_documents(tmp_path):
 def test_a_finished_folder_is_left_alone(tmp_path, text, capsys, monkeypatch):
     first = pack(text, TOKENIZER, tmp_path / "out", seq_len=4)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr(packing, "encode_documents", None)
+    monkeypatch.setattr(packing, "_encode", None)
     capsys.readouterr()
     assert pack(text, TOKENIZER, tmp_path / "out", seq_len=4) == first
     assert "is done: 3 documents" in capsys.readouterr().out
@@ -242,7 +274,7 @@ def leave_unfinished(folder):
     names = ("format_version", "seq_len", "dtype", "vocab_size", "eot_id", "tokenizer_sha256",
              "sources", "options")  # fmt: skip
     (folder / ".packing/plan.json").write_text(json.dumps({name: plan[name] for name in names}))
-    (folder / ".packing/tokens").write_bytes(b"half")
+    (folder / ".packing/00000.tokens").write_bytes(b"half")
     (folder / MANIFEST_FILE).unlink()
 
 
@@ -257,7 +289,7 @@ def test_another_text_in_the_same_folder_is_named(tmp_path, text):
 
 
 def test_overwrite_packs_anew_and_leaves_no_old_shard(tmp_path, text):
-    pack(text, TOKENIZER, tmp_path / "out", seq_len=2, files_per_tfrecord=1)
+    pack(text, TOKENIZER, tmp_path / "out", seq_len=2, files_per_tfrecord=1, workers=1)
     for name in ("notes.txt", "mine.tfrecord"):
         (tmp_path / "out" / name).write_text("mine")
     pack(text, TOKENIZER, tmp_path / "out", seq_len=4, overwrite=True)
@@ -278,17 +310,17 @@ def test_a_folder_of_others_is_not_touched(tmp_path, text, overwrite):
 # --- interrupted ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["write_file", "write_shard", "write_manifest"])
+@pytest.mark.parametrize("where", ["encode_task", "write_shard", "write_manifest"])
 def test_interrupted_and_started_again_gives_the_same_bytes(tmp_path, text, monkeypatch, where):
-    options = {"seq_len": 2, "files_per_tfrecord": 1}
+    options = {"seq_len": 2, "files_per_tfrecord": 1, "workers": 1}
     pack(text, TOKENIZER, tmp_path / "whole", **options)
     real, calls = getattr(packing, where), []
 
-    def interrupt(*arguments):
+    def interrupt(*arguments, **options):
         calls.append(arguments)
         if len(calls) == (2 if where == "write_shard" else 1):
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(packing, where, interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -310,12 +342,12 @@ def write_shard(path, rows):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(path, rows)
 packing.write_shard = write_shard
-packing.pack({text!r}, TOKENIZER, {out!r}, seq_len=2, files_per_tfrecord=1)
+packing.pack({text!r}, TOKENIZER, {out!r}, seq_len=2, files_per_tfrecord=1, workers=1)
 """
 
 
 def test_killed_and_started_again_gives_the_same_bytes(tmp_path, text):
-    options = {"seq_len": 2, "files_per_tfrecord": 1}
+    options = {"seq_len": 2, "files_per_tfrecord": 1, "workers": 1}
     pack(text, TOKENIZER, tmp_path / "whole", **options)
     root = str(Path(packing.__file__).parent.parent)
     code = KILLED.format(paths=[root], text=text, out=str(tmp_path / "out"))
@@ -379,7 +411,7 @@ def test_no_permission_to_write(tmp_path, text, monkeypatch):
 
 @pytest.mark.parametrize("file", ["tokens", "1.tfrecord"])
 def test_a_full_disk_can_be_continued(tmp_path, text, monkeypatch, file):
-    options = {"seq_len": 2, "files_per_tfrecord": 1}
+    options = {"seq_len": 2, "files_per_tfrecord": 1, "workers": 1}
     pack(text, TOKENIZER, tmp_path / "whole", **options)
     real = tfrecords.os.fsync
 
@@ -430,3 +462,172 @@ def test_a_text_that_changed_its_time_only_is_another_text(tmp_path, text):
     os.utime(Path(text) / "0.txt", (time.time() + 9,) * 2)
     with pytest.raises(UserError, match="files of"):
         pack(text, TOKENIZER, tmp_path / "out", seq_len=4)
+
+
+# --- workers, splits, copies, order --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """60 documents in files of all sizes, three of them copies."""
+    rng = np.random.default_rng(0)
+    letters = [chr(97 + i) for i in range(26)]
+    texts = ["".join(rng.choice(letters, rng.integers(1, 90))) for _ in range(57)]
+    return write_texts(tmp_path_factory.mktemp("many") / "text", *texts, *texts[10:13])
+
+
+@pytest.fixture
+def small_tasks(monkeypatch):
+    monkeypatch.setattr(token_store, "TASK_FILES", 7)
+    monkeypatch.setattr(corpus, "RUN_FILES", 7)
+
+
+def all_contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+OPTIONS = {"seq_len": 5, "n_shards": 3, "dedup": True, "valid_fraction": 0.3,
+           "shuffle_documents": True}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{"seq_len": 5, "n_shards": 4}, OPTIONS])
+def test_the_bytes_do_not_depend_on_the_workers(tmp_path, many, small_tasks, options):
+    for workers in (1, 2):
+        pack(many, TOKENIZER, tmp_path / str(workers), workers=workers, **options)
+    assert all_contents(tmp_path / "1") == all_contents(tmp_path / "2")
+    n_files = len(all_contents(tmp_path / "1"))
+    assert n_files == (8 if "dedup" in options else 5)
+
+
+@pytest.mark.parametrize("n_files", [None, 10])
+def test_an_archive_of_archives_gives_the_rows_of_its_files(tmp_path, many, small_tasks, n_files):
+    files = sorted(Path(many).iterdir())
+    with tarfile.open(tmp_path / "owt.tar", "w") as outer:
+        for i in range(0, len(files), 8):
+            inner = tmp_path / f"subset{i:02}_data.xz"
+            with tarfile.open(inner, "w:xz") as tar:
+                for path in files[i : i + 8]:
+                    tar.add(path, path.name)
+            outer.add(inner, inner.name)
+    plain = pack(many, TOKENIZER, tmp_path / "files", seq_len=5, n_files=n_files)
+    packed = [
+        pack(
+            str(tmp_path / "owt.tar"), TOKENIZER, tmp_path / str(workers), seq_len=5,
+            n_files=n_files, workers=workers,
+        )
+        for workers in (1, 2)
+    ]  # fmt: skip
+    assert packed[0].shards == packed[1].shards == plain.shards
+    assert packed[0].documents == plain.documents == (n_files or 60)
+
+
+def test_a_broken_archive_loses_nothing_and_goes_on_with_skip_broken(tmp_path, small_tasks):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(40):
+            info = tarfile.TarInfo(f"{i}.txt.xz" if i == 30 else f"{i}.txt")
+            info.size = 12
+            tar.addfile(info, io.BytesIO(b"abcdefghijkl"))
+    with pytest.raises(BrokenInput, match=r"30.txt.xz: cannot be decompressed.*--skip_broken"):
+        pack(str(path), TOKENIZER, tmp_path / "out", seq_len=5, workers=1)
+    done = sorted(p.name for p in (tmp_path / "out" / ".packing").glob("0*.json"))
+    assert len(done) == 4
+    manifest = pack(str(path), TOKENIZER, tmp_path / "out", seq_len=5, skip_broken=True)
+    assert manifest.documents == 39
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
+    tmp_path, many, small_tasks, monkeypatch
+):
+    """Every rename is a moment: what stands behind it is complete, what does not is done again."""
+    pack(many, TOKENIZER, tmp_path / "whole", workers=1, **OPTIONS)
+    out, real, killed_at = tmp_path / "out", Path.replace, 0
+
+    class Killed(BaseException):
+        pass
+
+    def replace(path, target):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    while True:
+        left = 4 + killed_at % 3  # the plan, a task's three files, and sometimes more
+        try:
+            pack(many, TOKENIZER, out, workers=1, **OPTIONS)
+        except Killed:
+            killed_at += 1
+            assert not (out / "train" / MANIFEST_FILE).exists()
+            continue
+        break
+    assert killed_at > 10
+    assert all_contents(out) == all_contents(tmp_path / "whole")
+
+
+def documents_of(folder, end):
+    """The documents in a folder's rows, each as a tuple; the last, cut by the rows, left out."""
+    rows = stored(folder)
+    stream = [rows[0][0], *(token for row in rows for token in row[1:])]
+    places = [i for i, token in enumerate(stream) if token == end]
+    return [tuple(stream[a + 1 : b]) for a, b in itertools.pairwise(places)]
+
+
+def test_copies_are_left_out_and_counted(tmp_path, many):
+    manifest = pack(many, TOKENIZER, tmp_path / "out", seq_len=1, dedup=True)
+    found = documents_of(tmp_path / "out", EOT)
+    assert (manifest.documents, manifest.duplicates) == (57, 3)
+    assert len(found) == len(set(found)) == 56
+    whole = pack(many, TOKENIZER, tmp_path / "whole", seq_len=1)
+    assert (whole.documents, whole.duplicates) == (60, 0)
+    in_order = documents_of(tmp_path / "whole", EOT)
+    assert found == list(dict.fromkeys(in_order))[:56]  # the first of each stays, in its place
+
+
+def test_a_split_by_hash_is_whole_and_disjoint(tmp_path, many):
+    pack(many, TOKENIZER, tmp_path / "whole", seq_len=1, dedup=True)
+    train = pack(many, TOKENIZER, tmp_path / "out", seq_len=1, dedup=True, valid_fraction=0.3)
+    valid = read_manifest(tmp_path / "out" / "valid")
+    assert train == read_manifest(tmp_path / "out" / "train")
+    whole = read_manifest(tmp_path / "whole")
+    for name in ("documents", "text_bytes", "words", "line_ends", "tokens"):
+        assert getattr(train, name) + getattr(valid, name) == getattr(whole, name)
+    texts = [path.read_text() for path in Path(many).iterdir()]
+    expected = {text for text in texts if hash_fraction(text) < 0.3}
+    assert valid.documents == len(expected) > 5
+    spelled = {"".join(chr(96 + i) for i in d) for d in documents_of(tmp_path / "out/valid", EOT)}
+    assert spelled < expected
+
+
+def test_shuffled_documents_are_the_same_documents(tmp_path, many):
+    orders = {}
+    for seed in (1, 2):
+        folder = tmp_path / str(seed)
+        pack(many, TOKENIZER, folder, seq_len=1, shuffle_documents=True, seed=seed)
+        orders[seed] = documents_of(folder, EOT)
+    pack(many, TOKENIZER, tmp_path / "whole", seq_len=1)
+    in_order = documents_of(tmp_path / "whole", EOT)
+    assert orders[1] != orders[2] != in_order
+    # The rows cut the last document of each: up to one differs.
+    assert len(set(orders[1]) ^ set(in_order)) <= 2
+
+
+def test_more_shards_than_rows_is_an_error(tmp_path, text):
+    with pytest.raises(UserError, match="--n_shards 9 needs as many rows, the text makes 4"):
+        pack(text, TOKENIZER, tmp_path / "out", seq_len=4, n_shards=9)
+
+
+def test_a_killed_worker_is_a_clear_error_and_nothing_is_lost(tmp_path, many, small_tasks):
+    with pytest.raises(UserError, match="a worker process was killed"):
+        pack(many, DyingTokenizer(), tmp_path / "out", seq_len=5, workers=2)
+    manifest = pack(many, TOKENIZER, tmp_path / "out", seq_len=5, workers=2)
+    assert manifest.documents == 60
+
+
+class DyingTokenizer(CharacterTokenizer):
+    def encode_batch(self, texts):
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode_batch(texts)

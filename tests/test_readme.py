@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from algpt2.options import PackOptions, PlotOptions, TokenizerOptions, TrainOptions, parse
+from algpt2.options import (
+    ExportOptions,
+    PackOptions,
+    PlotOptions,
+    TokenizerOptions,
+    TrainOptions,
+    parse,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = {
@@ -14,6 +21,7 @@ OPTIONS = {
     "make_tfrecords.py": PackOptions,
     "train_pt.py": TrainOptions,
     "plot_runs.py": PlotOptions,
+    "export_gpt2.py": ExportOptions,
 }
 # The documents of the original project show these; they have to run here unchanged.
 ORIGINAL = r"""

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -20,12 +21,17 @@ class FakeWandb(types.ModuleType):
         super().__init__("wandb")
         self.calls, self.broken = [], broken
         self.Settings = lambda **kwargs: kwargs
+        self.Table = lambda columns, data: (columns, data)
+        self.Artifact = FakeArtifact
 
     def init(self, **kwargs):
         return self._call("init", kwargs) or self
 
-    def log(self, values, step):
+    def log(self, values, step=None):
         self._call("log", (step, values))
+
+    def log_artifact(self, artifact):
+        self._call("log_artifact", artifact)
 
     def finish(self):
         self._call("finish", None)
@@ -34,6 +40,14 @@ class FakeWandb(types.ModuleType):
         self.calls.append((name, value))
         if name in self.broken:
             raise RuntimeError(f"{name} failed")
+
+
+class FakeArtifact:
+    def __init__(self, name, type, description):
+        self.name, self.type, self.description, self.files = name, type, description, None
+
+    def add_dir(self, folder):
+        self.files = sorted(path.name for path in Path(folder).iterdir())
 
 
 @pytest.fixture
@@ -80,6 +94,61 @@ def test_a_failing_wandb_loses_no_metrics(fake, tmp_path, broken):
 def test_the_real_wandb_writes_an_offline_run(tmp_path):
     write(tmp_path, "offline")
     assert list(tmp_path.glob("wandb/offline-run-*-abc/*.wandb"))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "my run" / "checkpoint-00000003"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def with_artifact(folder, checkpoint, mode, asked=True):
+    options = ReportOptions(wandb=mode, wandb_artifacts=asked)
+    with RunReport(folder, RUN, 0, options) as run_report:
+        run_report.artifact(checkpoint)
+
+
+def test_the_checkpoint_is_an_artifact_on_request_only(fake, tmp_path, checkpoint, capsys):
+    module = fake()
+    with_artifact(tmp_path, checkpoint, "offline")
+    (artifact,) = [value for name, value in module.calls if name == "log_artifact"]
+    assert (artifact.name, artifact.type, artifact.files) == ("my-run", "model", ["config.json"])
+    assert artifact.description == "checkpoint-00000003"
+    module.calls.clear()
+    with_artifact(tmp_path, checkpoint, "offline", asked=False)
+    assert [name for name, _ in module.calls] == ["init", "finish"]
+    with_artifact(tmp_path, checkpoint, "off")
+    assert "has no effect without W&B" in capsys.readouterr().out
+    fake(["log_artifact"])
+    with_artifact(tmp_path, checkpoint, "offline")
+    assert "did not take the artifact (log_artifact failed)" in capsys.readouterr().out
+
+
+def test_the_real_wandb_stages_an_artifact_offline(tmp_path, checkpoint, monkeypatch):
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    with_artifact(tmp_path, checkpoint, "offline")
+    (written,) = tmp_path.glob("wandb/offline-run-*-abc/*.wandb")
+    assert b"my-run" in written.read_bytes()
+
+
+def test_a_table_goes_to_the_run_of_the_folder(fake, tmp_path, capsys):
+    module = fake()
+    (tmp_path / "run.json").write_text(json.dumps(RUN))
+    table = ("evaluation", ["text", "value"], [["ptb", "35.1"]])
+    report.send_table(tmp_path, ReportOptions(wandb="offline"), *table)
+    (_, settings), (_, logged), _ = module.calls
+    assert settings["id"] == "abc"
+    assert logged == (None, {"evaluation": (["text", "value"], [["ptb", "35.1"]])})
+    fake(["log"])
+    report.send_table(tmp_path, ReportOptions(wandb="offline"), *table)
+    assert "W&B failed (log failed)" in capsys.readouterr().out
+    module = fake()
+    report.send_table(tmp_path, ReportOptions(wandb="off"), *table)
+    report.send_table(tmp_path, ReportOptions(wandb="offline"), "evaluation", ["text"], [])
+    assert module.calls == []
 
 
 def test_a_continued_run_keeps_its_id_and_date(tmp_path):

@@ -12,11 +12,14 @@ import pytest
 from algpt2 import tfrecords
 from algpt2.errors import UserError
 from algpt2.tfrecords import (
+    CHECKSUM,
+    FORMAT_VERSION,
     MANIFEST_FILE,
     Manifest,
     build_records,
     open_rows,
     read_manifest,
+    verify,
     write_manifest,
     write_shard,
 )
@@ -36,10 +39,12 @@ def write_folder(folder, rows, n_shards):
         for i in range(n_shards)
     )
     manifest = Manifest(
-        format_version=1, seq_len=seq_len, dtype=rows.dtype.name, vocab_size=300, eot_id=299,
-        tokenizer_sha256="0" * 64, sources=[{"source": "text"}], options={"n_files": None},
+        format_version=FORMAT_VERSION, seq_len=seq_len, dtype=rows.dtype.name,
+        vocab_size=300, eot_id=299, tokenizer_sha256="0" * 64,
+        sources=[{"source": "text"}], options={"n_files": None},
         shards=shards, documents=3, text_bytes=99, words=20, line_ends=2,
         tokens=1 + size * n_shards * seq_len + 5, left_over_tokens=5, dropped_rows=0,
+        duplicates=0, encoder={"name": "tokenizers"},
     )  # fmt: skip
     write_manifest(folder, manifest)
     return manifest
@@ -47,7 +52,7 @@ def write_folder(folder, rows, n_shards):
 
 @pytest.fixture
 def folder(tmp_path):
-    write_folder(tmp_path, random_rows(6, 8), n_shards=3)
+    write_folder(tmp_path, random_rows(6, 8) % 300, n_shards=3)
     return tmp_path
 
 
@@ -227,7 +232,7 @@ def test_a_manifest_that_is_no_object(folder, content):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("format_version", 2), ("format_version", "1"), ("format_version", None),
+        ("format_version", 1), ("format_version", "2"), ("format_version", None),
         ("seq_len", 0), ("seq_len", -1), ("seq_len", 10**12), ("seq_len", 8.0), ("seq_len", True),
         ("seq_len", "8"), ("seq_len", None), ("dtype", "float64"),
         ("dtype", "object"), ("dtype", 2), ("vocab_size", 0),
@@ -293,8 +298,70 @@ def test_shards_of_unequal_rows(folder):
 def test_every_field_of_the_manifest_is_needed(folder):
     path = folder / MANIFEST_FILE
     content = json.loads(path.read_text())
-    assert set(content) == {field.name for field in dataclasses.fields(Manifest)}
+    assert set(content) - {CHECKSUM} == {field.name for field in dataclasses.fields(Manifest)}
     for name in content:
         path.write_text(json.dumps({k: v for k, v in content.items() if k != name}))
         with pytest.raises(UserError, match=name):
             read_manifest(folder)
+
+
+# --- checking ------------------------------------------------------------------------------------
+
+
+def test_a_sound_folder_has_no_problems(folder):
+    for workers in (1, 2):
+        manifest, problems = verify(folder, tokenizer_sha256="0" * 64, workers=workers)
+        assert (problems, manifest) == ([], read_manifest(folder))
+
+
+def test_a_thousand_flipped_bytes_are_a_thousand_found_and_named(folder):
+    rng, paths = np.random.default_rng(0), sorted(folder.iterdir())
+    sizes = [path.stat().st_size for path in paths]
+    found = 0
+    for place in rng.integers(sum(sizes), size=1000):
+        i = int(np.searchsorted(np.cumsum(sizes), place, side="right"))
+        raw = bytearray(paths[i].read_bytes())
+        raw[place - sum(sizes[:i])] ^= rng.integers(1, 256)
+        before = paths[i].read_bytes()
+        paths[i].write_bytes(raw)
+        try:
+            problems = verify(folder)[1]
+        except UserError as error:
+            problems = [str(error)]
+        found += any(paths[i].name in problem for problem in problems)
+        paths[i].write_bytes(before)
+    assert found == 1000
+
+
+def test_what_is_missing_foreign_cut_or_of_another_tokenizer_is_named(folder):
+    (folder / "0.tfrecord").unlink()
+    (folder / "1.tfrecord").write_bytes((folder / "1.tfrecord").read_bytes()[:-1])
+    (folder / "9.tfrecord").write_bytes(b"of another run")
+    _, problems = verify(folder, tokenizer_sha256="1" * 64)
+    text = "\n".join(problems)
+    assert "000000000000, expected 111111111111" in text
+    assert "0.tfrecord: missing" in text
+    assert "1.tfrecord: 103 bytes, expected 104" in text
+    assert "9.tfrecord: not in manifest" in text
+    assert len(problems) == 4
+
+
+def test_a_record_changed_together_with_its_crc_is_found_by_the_sha256(folder):
+    rows = open_rows(folder)[np.arange(2)]
+    rows[0, 0] = 299 - rows[0, 0]
+    write_shard(folder / "0.tfrecord", rows)
+    (problem,) = verify(folder)[1]
+    assert "0.tfrecord: its sha256" in problem
+
+
+def test_the_manifest_has_a_checksum_of_its_content(folder):
+    path = folder / MANIFEST_FILE
+    path.write_text(path.read_text().replace('"words": 20', '"words": 21'))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged: its sha256 is not that"):
+        read_manifest(folder)
+
+
+def test_a_token_beyond_the_vocabulary_is_found(folder):
+    write_folder(folder, random_rows(6, 8) % 301 | 300, n_shards=3)
+    assert all("2 damaged records (rows 0, 1)" in problem for problem in verify(folder)[1])
+    assert len(verify(folder)[1]) == 3

@@ -51,9 +51,9 @@ def test_a_run_leaves_these_files_and_repeating_it_says_done(flags, tmp_path, ca
         "samples.jsonl",
     ]  # fmt: skip
     assert sorted(p.name for p in (run / "checkpoint-00000006").iterdir()) == [
-        "config.json", "generation_config.json", "merges.txt", "model.safetensors",
-        "optimizer.safetensors", "tokenizer.json", "tokenizer_config.json", "training_state.json",
-        "vocab.json",
+        "README.md", "config.json", "configuration_algpt2.py", "generation_config.json",
+        "merges.txt", "model.safetensors", "modeling_algpt2.py", "optimizer.safetensors",
+        "tokenizer.json", "tokenizer_config.json", "training_state.json", "vocab.json",
     ]  # fmt: skip
     assert metrics(run, "step", "tokens") == [[step, step * 64] for step in range(1, 7)]
     assert all(loss and lr is not None for loss, lr in metrics(run, "loss", "lr"))
@@ -224,12 +224,12 @@ def test_evaluation_and_samples_of_a_run(flags, corpus, tmp_path, capsys):
     train_pt.main([*common, "--eval_only", f"--val_path={corpus / 'valid'}", "--seq_len=16",
                    "--compressors"])  # fmt: skip
     assert re.search(r"gzip -9 .*\n.*xz -9e", capsys.readouterr().out)
-    result = json.loads((run / "evaluation.json").read_text())
+    (result,) = json.loads((run / "evaluation.json").read_text())["evaluations"]
     last = [loss for (loss,) in metrics(run, "val_loss")][-1]
-    assert result["val_loss"] == pytest.approx(last, rel=1e-6)
+    assert result["measures"][0]["value"] == pytest.approx(last, rel=1e-6)
     words = " ".join(path.read_text() for path in (corpus / "valid").iterdir())
     line_ends = sum(path.read_text().count("\n") for path in (corpus / "valid").iterdir())
-    assert result["words"] == len(words.split()) + line_ends
+    assert result["details"]["words"] == len(words.split()) + line_ends
     sample = [*common, "--sample_only", "--prompt=the model", "--n_samples=2", "--max_length=100"]
     train_pt.main(sample)
     first = capsys.readouterr().out
@@ -251,7 +251,7 @@ def test_sampling_slides_past_the_context(config_folder, tokenizer_folder):
     model.lm_head.weight.data[299] = 0  # tied: an end-of-text that is not likely
     tokenizer = load_tokenizer(str(tokenizer_folder))
     options = SampleOptions(prompt="the", do_sample=False, n_samples=1, max_length=80)
-    (tokens,) = sample_tokens(model, tokenizer, options)
+    (tokens,) = sample_tokens(model, tokenizer, options, tokenizer.eot_id)
     assert len(tokens) == 80
     # Greedy tokens within the first context are those of the bare model.
     text = [299, *tokens[:31]]

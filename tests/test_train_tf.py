@@ -179,9 +179,9 @@ def test_a_run_leaves_these_files_and_repeating_it_says_done(flags, tmp_path, ca
         "samples.jsonl",
     ]  # fmt: skip
     assert sorted(p.name for p in (run / "checkpoint-00000006").iterdir()) == [
-        "config.json", "generation_config.json", "merges.txt", "model.safetensors",
-        "optimizer.safetensors", "tokenizer.json", "tokenizer_config.json", "training_state.json",
-        "vocab.json",
+        "README.md", "config.json", "configuration_algpt2.py", "generation_config.json",
+        "merges.txt", "model.safetensors", "modeling_algpt2.py", "optimizer.safetensors",
+        "tokenizer.json", "tokenizer_config.json", "training_state.json", "vocab.json",
     ]  # fmt: skip
     assert metrics(run, "step", "tokens") == [[step, step * 64] for step in range(1, 7)]
     assert [step for step, bpb in metrics(run, "step", "val_bpb") if bpb] == [3, 6]
@@ -219,8 +219,9 @@ def test_evaluation_and_samples_of_a_run(flags, corpus, tmp_path, capsys):
     run = tmp_path / "run"
     common = [f"--checkpoint={run}", "--device=cpu"]
     train_tf.main([*common, "--eval_only", f"--val_path={corpus / 'valid'}", "--seq_len=16"])
-    result = json.loads((run / "evaluation.json").read_text())
-    assert result["val_loss"] == pytest.approx(metrics(run, "val_loss")[-1][0], rel=1e-6)
+    (result,) = json.loads((run / "evaluation.json").read_text())["evaluations"]
+    last = metrics(run, "val_loss")[-1][0]
+    assert result["measures"][0]["value"] == pytest.approx(last, rel=1e-6)
     sample = [*common, "--sample_only", "--prompt=the model", "--n_samples=2", "--max_length=50"]
     capsys.readouterr()
     train_tf.main(sample)

@@ -1,0 +1,89 @@
+"""Checkpoint folders in and out of `convert.py`: export as stock GPT-2, start from one."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+from transformers import GenerationConfig, GPT2Config
+
+from .checkpoints import STATE_FILE, find_checkpoint
+from .convert import Tensors, check_start, gpt2_config, gpt2_tensors, start_tensors
+from .errors import UserError
+from .modeling_algpt2 import ALGPT2LMHeadModel
+from .report import log
+from .tokenization_algpt2 import load_tokenizer
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+def load_as_gpt2(source: str) -> tuple[GPT2Config, Tensors]:
+    """Configuration and weights of the stock GPT-2 that an ALGPT2 or GPT-2 checkpoint is.
+
+    Args:
+        source: folder of a run, of a checkpoint, or a name on the hub.
+    Raises:
+        UserError: no such checkpoint, damaged, or of another model.
+    """
+    folder = find_checkpoint(Path(source), log) if Path(source).exists() else source
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = ALGPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load an ALGPT2 or GPT-2 from {folder}: {error}") from error
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    return GPT2Config(**gpt2_config(model.config)), gpt2_tensors(model.config, tensors)
+
+
+def export_gpt2(checkpoint: str, out: Path, *, overwrite: bool = False) -> GPT2Config:
+    """Write an ALGPT2 as a stock GPT-2: config.json, model.safetensors, generation_config.json
+    and the tokenizer. The folder is there whole or not at all.
+
+    Raises:
+        UserError: no ALGPT2 in `checkpoint`; `out` is not empty (unless `overwrite`), or a
+            checkpoint of a run (always).
+        OSError: no space, no permission.
+    """
+    if (out / STATE_FILE).exists() or (out.exists() and not out.is_dir()):
+        raise UserError(f"{out} is a checkpoint of a run or a file: expected a folder of its own")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise UserError(f"{out} is not empty: choose another folder, or --overwrite its files")
+    config, tensors = load_as_gpt2(checkpoint)
+    found = find_checkpoint(Path(checkpoint), log) if Path(checkpoint).exists() else checkpoint
+    tokenizer = load_tokenizer(str(found))
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        config.save_pretrained(partial)
+        GenerationConfig.from_model_config(config).save_pretrained(partial)
+        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        # safetensors writes for the owner's eyes only; an export is for others.
+        (partial / WEIGHTS_FILE).chmod((partial / "config.json").stat().st_mode)
+        tokenizer.save(partial)
+        out.mkdir(parents=True, exist_ok=True)
+        for path in partial.iterdir():
+            path.replace(out / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return config
+
+
+def start_model(model: Any, source: str, blocks: Sequence[str]) -> None:
+    """Give an ALGPT2 the start of `--init_from`: see `start_tensors`.
+
+    Raises:
+        UserError: the two do not fit together; no ALGPT2.
+    """
+    if not isinstance(model, ALGPT2LMHeadModel):
+        raise UserError("--init_from starts an ALGPT2: expected a --config of this family")
+    config, tensors = load_as_gpt2(source)
+    check_start(config, model.config)
+    start = start_tensors(config, tensors, model.config, blocks)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(start[name]))

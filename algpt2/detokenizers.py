@@ -1,0 +1,104 @@
+"""Tokenized evaluation texts back to running text: what a model trained on plain text expects.
+
+WikiText, Penn Treebank and LAMBADA come with spaces around punctuation and with marks of their
+own (` @-@ `, "``", `do n't`). Each function here takes the text of a file and returns it as it
+was written, as far as that can be told: letter case, `<unk>` and Penn Treebank's `N` are lost.
+Lines stay lines. Perplexities *per word* divide by the words of the text before.
+"""
+
+# ruff: noqa: RUF001, RUF003  (the texts have dashes, primes and curly quotes)
+
+import re
+from collections.abc import Callable
+
+CLITICS = r"(?:s|t|ve|re|m|ll|d)\b"
+# Words in s before a single mark that are no possessives: it opens a quotation (was ' blue ').
+NO_POSSESSIVE = frozenset("as is was has does its his this thus us less plus across versus".split())
+
+
+def wikitext(text: str) -> str:
+    """WikiText-2 and WikiText-103, raw or with `<unk>` (Merity et al., arXiv:1609.07843)."""
+    return "\n".join(_wikitext_line(line) for line in text.split("\n"))
+
+
+def ptb(text: str) -> str:
+    """Mikolov's Penn Treebank: lower case, no punctuation; its apostrophes are never quotes."""
+    text = _join_contractions(text)
+    text = re.sub(r" '(?= |$)", "'", text, flags=re.MULTILINE)
+    text = re.sub(r"((?:^|(?<=\s))[a-z]*\$|#) (?=N)", r"\1", text, flags=re.MULTILINE)
+    return _strip_lines(text.replace("\\/", "/"))
+
+
+def lambada(text: str) -> str:
+    """The original LAMBADA files (Paperno et al., arXiv:1606.06031), one passage a line.
+
+    The file that OpenAI distributes is plain text with its letter case: it needs nothing.
+    """
+    text = re.sub(r"(``|`) ?", lambda mark: "\"'"[len(mark[1]) == 1], text)
+    text = re.sub(r" ?''", '"', text)
+    text = _join_contractions(text)
+    text = re.sub(r" '(?= |$)", "'", text, flags=re.MULTILINE)
+    text = re.sub(r"\b(gon|wan) na\b", r"\1na", text)
+    text = re.sub(r"\b(can) not\b", r"\1not", text)
+    return _strip_lines(_join_brackets(_join_punctuation(text)))
+
+
+DETOKENIZERS: dict[str, Callable[[str], str]] = {
+    "wikitext": wikitext,
+    "ptb": ptb,
+    "lambada": lambada,
+}
+
+
+def _wikitext_line(line: str) -> str:
+    line = line.strip(" ")
+    line = re.sub(r" @([-,.])@ ", r"\1", line)
+    line = re.sub(r"= (?==)|(?<==) =", "=", line)  # headings: = = History = =
+    line = re.sub(rf" (['’]) ?({CLITICS})", r"\1\2", line)
+    line = _join_pairs(line, '"')
+    line = re.sub(r"(?<= )' (?=\d\ds?\b)", "'", line)  # the ' 70s
+    line = _join_pairs(line, "'")
+    line = re.sub(r"“ ", "“", re.sub(r" ”", "”", line))
+    line = re.sub(r"(?<=\d) : (?=\d)", ":", line)
+    line = re.sub(r"(?<=\d) – (?=\d)(?!\d\d? [A-Z][a-z])", "–", line)  # not 1914 – 23 July
+    line = re.sub(r" (—|/) ", r"\1", line)
+    line = re.sub(r"\b([A-Z]) & ([A-Z])\b", r"\1&\2", line)
+    line = re.sub(r"([$£€#]) (?=\d)", r"\1", line)
+    line = re.sub(r"(?<=\d) ([°′″])(?: (?=\d|[CFNESW]\b))?", r"\1", line)
+    line = re.sub(r"(?<=\d) %", "%", line)
+    return _join_brackets(_join_punctuation(line))
+
+
+def _join_contractions(text: str) -> str:
+    """`do n't` and `you 'd` as one word."""
+    return re.sub(rf" (n't\b|'{CLITICS})", r"\1", text)
+
+
+def _join_punctuation(text: str) -> str:
+    """No space before a mark that ends a clause; an ellipsis stays a word of its own."""
+    return re.sub(r" ([,.;:!?])(?!\.)", r"\1", text)
+
+
+def _join_brackets(text: str) -> str:
+    return re.sub(r" ([)\]}])", r"\1", re.sub(r"([(\[{]) ", r"\1", text))
+
+
+def _join_pairs(line: str, mark: str) -> str:
+    """Free-standing quotation marks of a line, taken in turn as opening and closing ones; a
+    single one behind a word in s, with none open, is a possessive (the brothers ' house)."""
+    joined, before, is_open, glue = [], "", False, True
+    for word in line.split(" "):
+        is_mark = word == mark
+        is_possessive = (
+            is_mark and mark == "'" and not is_open
+            and before.endswith("s") and before.lower() not in NO_POSSESSIVE
+        )  # fmt: skip
+        joined.append(word if glue or is_possessive or (is_mark and is_open) else f" {word}")
+        glue = is_mark and not is_open and not is_possessive
+        is_open ^= is_mark and not is_possessive
+        before = word
+    return "".join(joined)
+
+
+def _strip_lines(text: str) -> str:
+    return "\n".join(line.strip(" ") for line in text.split("\n"))

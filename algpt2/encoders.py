@@ -1,0 +1,154 @@
+"""Text to ids at the speed of the disk: gigatoken, never trusted before `tokenizers` agreed.
+
+gigatoken encodes 300 to 700 MB/s of English per core, `tokenizers` 2 (`benchmarks/data.py`). Three
+things stand between it and a corpus. It has to give the same ids: `choose_encoder` compares them on
+a sample of the very input. It follows a newer Unicode: texts with code points that are unassigned
+in Python's are left to `tokenizers`. And it keeps every word it has met, 7 GB for 1 GB of text
+whose words never repeat: `FastEncoder` is made anew when its process has grown by `CACHE_BYTES`.
+"""
+
+import functools
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from .report import log
+from .tokenization_algpt2 import TextTokenizer
+
+CACHE_BYTES = 400 << 20  # that a process may grow by before the encoder is made anew
+ENCODED_BYTES = 1 << 30  # the same where the system does not tell a process's size
+CHECK_BYTES = 4 << 20  # encoded between two looks at the process's size
+PIECE_CHARACTERS = 1 << 24  # a longer document is encoded in pieces
+
+Encode = Callable[[str], np.ndarray]
+
+
+class FastEncoder:
+    """gigatoken behind one call: `encoder(text)` gives the ids of a text, uint32 (n_tokens,).
+
+    Control codes written out in the text are ordinary text, as in `TextTokenizer`.
+
+    Raises:
+        ValueError: the tokenizer has something that gigatoken or this class cannot do.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        content = json.loads(tokenizer.to_json())
+        if not all(token["special"] for token in content["added_tokens"]):
+            raise ValueError("it has added tokens that are found in ordinary text")
+        self._oracle = tokenizer
+        content["added_tokens"], content["post_processor"] = [], None
+        before = content["pre_tokenizer"] or {}
+        self._can_cut = before.get("type") == "ByteLevel" and not before["add_prefix_space"]
+        self._json = json.dumps(content)
+        self._load()
+
+    def __call__(self, text: str) -> np.ndarray:
+        if not text.isascii() and _has_unassigned(text):
+            return self._oracle.encode_batch([text])[0]
+        if self._can_cut and len(text) > PIECE_CHARACTERS:
+            return np.concatenate([self._encode(piece) for piece in _pieces(text)])
+        return self._encode(text)
+
+    def _encode(self, text: str) -> np.ndarray:
+        raw = text.encode()
+        self._bytes += len(raw)
+        if self._bytes >= self._next_check:
+            self._next_check = self._bytes + CHECK_BYTES
+            grown = _process_bytes() - self._start_bytes
+            if grown > CACHE_BYTES or (not self._start_bytes and self._bytes > ENCODED_BYTES):
+                self._load()
+        return self._encoder.encode(raw)
+
+    def _load(self) -> None:
+        from gigatoken.gigatoken_rs import load_hf_json
+
+        self._encoder = None  # the old one's memory first
+        self._encoder = load_hf_json(self._json)
+        self._start_bytes, self._bytes, self._next_check = _process_bytes(), 0, CHECK_BYTES
+
+
+def _has_unassigned(text: str) -> bool:
+    """Whether `text` has a code point that Python's Unicode (14.0 in Python 3.11) has no character
+    for: whether it is a letter depends on a library's version."""
+    if _unassigned().search(text):
+        return True
+    beyond = _BEYOND_64K.findall(text)
+    return any(unicodedata.category(character) == "Cn" for character in beyond)
+
+
+# Apart: `re` looks a character of the first 64K up in a table, but tries range after range for one
+# beyond, 100 times slower.
+_BEYOND_64K = re.compile("[\U00010000-\U0010ffff]")
+
+
+@functools.cache
+def _unassigned() -> re.Pattern:
+    """Matches the unassigned code points of the first 64K."""
+    empty = [chr(i) for i in range(0x10000) if unicodedata.category(chr(i)) == "Cn"]
+    return re.compile("[" + "".join(map(re.escape, empty)) + "]")
+
+
+def _pieces(text: str) -> Iterable[str]:
+    """Cut before a space between two letters: there GPT-2's pattern always begins a new word."""
+    boundary = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
+    start = 0
+    while start < len(text):
+        cut = boundary.search(text, start + PIECE_CHARACTERS)
+        end = cut.start() if cut else len(text)
+        yield text[start:end]
+        start = end
+
+
+def _process_bytes() -> int:
+    """Memory that this process holds; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    except OSError:
+        return 0
+
+
+def choose_encoder(tokenizer: TextTokenizer, texts: Iterable[str]) -> dict[str, str | int]:
+    """Which encoder a corpus gets, and what was compared: a JSON object for the manifest.
+
+    Args:
+        texts: a sample of the corpus.
+    """
+    oracle = {"name": "tokenizers", "version": metadata.version("tokenizers")}
+    try:
+        encoder = FastEncoder(tokenizer)
+        documents, n_bytes, differences = 0, 0, 0
+        for text in texts:
+            documents, n_bytes = documents + 1, n_bytes + len(text.encode())
+            differences += not np.array_equal(encoder(text), tokenizer.encode_batch([text])[0])
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the Rust side is no Exception
+        if not type(error).__module__.startswith(("pyo3", "builtins")):
+            raise
+        log(f"gigatoken cannot be used ({error}): encoding with tokenizers, 100 times slower")
+        return oracle | {"documents_compared": 0, "bytes_compared": 0, "differences": 0}
+    compared = {
+        "documents_compared": documents,
+        "bytes_compared": n_bytes,
+        "differences": differences,
+    }
+    if differences:
+        log(
+            f"warning: gigatoken and tokenizers differ on {differences:,} of {documents:,}"
+            " documents of this text: encoding with tokenizers, 100 times slower"
+        )
+        return oracle | compared
+    return {"name": "gigatoken", "version": metadata.version("gigatoken"), **compared}
+
+
+def build_encoder(tokenizer: TextTokenizer, name: str) -> Encode:
+    """The encoder that `choose_encoder` named."""
+    if name == "gigatoken":
+        return FastEncoder(tokenizer)
+    return lambda text: tokenizer.encode_batch([text])[0]

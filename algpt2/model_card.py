@@ -1,0 +1,243 @@
+"""What makes a checkpoint folder one for the rest of the world: the model's code, a card, the hub.
+
+Every trainer writes checkpoints through `checkpoints.write_checkpoint`, which calls
+`complete_checkpoint`: a folder loads where this project is not installed,
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+and its README.md is a model card out of run.json, metrics.jsonl and evaluation.json.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .checkpoints import CARD_FILE, STATE_FILE, checkpoint_folders, write_json
+from .errors import UserError
+from .options import ReportOptions
+from .report import METRICS_FILE, RUN_FILE, is_main_process, log, read_json_lines, send_table
+
+EVALUATION_FILE = "evaluation.json"
+CARD_HEAD = "<!-- written from run.json; --eval_only and the next checkpoint write it again -->"
+MODEL_FILES = ("configuration_algpt2.py", "modeling_algpt2.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_algpt2.ALGPT2Config",
+    "AutoModel": "modeling_algpt2.ALGPT2Model",
+    "AutoModelForCausalLM": "modeling_algpt2.ALGPT2LMHeadModel",
+}
+# Of the run, not of the model: an upload has neither.
+NOT_UPLOADED = ("optimizer*", STATE_FILE, ".*")
+MEASURE_COLUMNS = ["text", "measure", "value", "unit"]
+VAL_METRICS = {
+    "val_loss": ("loss", "nats per token"),
+    "val_ppl": ("perplexity", "per token"),
+    "val_word_ppl": ("word perplexity", "per word, line ends counted"),
+    "val_bpb": ("bits per byte", "of UTF-8 text"),
+}
+
+
+def complete_checkpoint(folder: Path, save_dir: Path, step: int) -> None:
+    """Add to a checkpoint that is being written what its readers elsewhere need."""
+    add_model_code(folder)
+    if (save_dir / RUN_FILE).is_file():
+        write_card(folder, save_dir, step)
+
+
+def add_model_code(folder: Path) -> None:
+    """Put the model's two files beside the weights of an ALGPT2, and `auto_map` in config.json."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if config.get("model_type") != "algpt2":
+        return
+    for name in MODEL_FILES:
+        shutil.copyfile(Path(__file__).with_name(name), folder / name)
+    write_json(path, config | {"auto_map": AUTO_MAP})
+
+
+# --- the card ------------------------------------------------------------------------------------
+
+
+def write_card(folder: Path, save_dir: Path, step: int) -> None:
+    """Write README.md into the checkpoint `folder` of the run in `save_dir`.
+
+    A README.md that a person wrote or changed the head of is left alone.
+    """
+    path = folder / CARD_FILE
+    if path.exists() and CARD_HEAD not in path.read_text(encoding="utf-8"):
+        return
+    run = json.loads((save_dir / RUN_FILE).read_text(encoding="utf-8"))
+    lines = read_json_lines(save_dir / METRICS_FILE)
+    validated = [x for x in lines if "val_loss" in x and x["step"] <= step][-1:]
+    measures = [*validation_measures(run, validated[0])] if validated else []
+    measures += evaluation_measures(save_dir / EVALUATION_FILE, f"checkpoint-{step:08d}")
+    path.write_text(card_text(save_dir.name, run, step, measures), encoding="utf-8")
+
+
+def update_card(folder: Path) -> None:
+    """Write the card of a checkpoint folder anew, after an evaluation; folders of no run have
+    none."""
+    save_dir = folder.parent
+    if folder in checkpoint_folders(save_dir) and (save_dir / RUN_FILE).is_file():
+        write_card(folder, save_dir, int(folder.name.rpartition("-")[2]))
+
+
+def publish_evaluation(folder: Path, report: ReportOptions) -> None:
+    """Carry what `--eval_only` measured on a checkpoint on: into its card, to W&B, to the hub."""
+    if not is_main_process():
+        return
+    save_dir = folder.parent
+    update_card(folder)
+    if folder in checkpoint_folders(save_dir) and (save_dir / RUN_FILE).is_file():
+        measures = evaluation_measures(save_dir / EVALUATION_FILE, folder.name)
+        send_table(save_dir, report, "evaluation", MEASURE_COLUMNS, measures)
+    push_to_hub(folder, report.push_to_hub)
+
+
+def validation_measures(run: dict[str, Any], line: dict[str, Any]) -> Iterable[list[str]]:
+    """Rows (text, measure, value, unit) of the last evaluation during training."""
+    name = " ".join(map(shown, run["options"]["data"]["val_path"]))
+    rows = run["options"]["data"].get("n_eval_rows")
+    last = line["step"] >= run["steps"]
+    before = [(f"{name}, before training", run["before"])] if "before" in run else []
+    name += "" if last or not rows else f" ({rows} rows)"
+    for text, values in (*before, (f"{name}, step {line['step']:,}", line)):
+        for key, (measure, unit) in VAL_METRICS.items():
+            if key in values:
+                yield [text, measure, f"{values[key]:.4f}", unit]
+
+
+def evaluation_measures(path: Path, checkpoint: str) -> list[list[str]]:
+    """Rows (text, measure, value, unit) of what `--eval_only` measured on this checkpoint."""
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))["evaluations"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [
+        [f"{record['set']}, {record['text']}, context {record['context']}", measure["name"],
+         f"{measure['value']:.4f}", f"{measure['unit']} ({measure['over']})"]
+        for record in records if Path(str(record["checkpoint"])).name == checkpoint
+        for measure in record["measures"]
+    ]  # fmt: skip
+
+
+def card_text(name: str, run: dict[str, Any], step: int, measures: list[list[str]]) -> str:
+    """The card: metadata of the hub, what it is, how to load it, its training, its numbers."""
+    from huggingface_hub import ModelCardData
+
+    config, own = run.get("model", {}), run.get("model", {}).get("model_type") == "algpt2"
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", model_name=name,
+        tags=[config.get("model_type", "causal-lm"), *run["options"]["report"]["tags"]],
+        datasets=sorted({
+            path.split(":")[1] for path in run["options"]["data"]["train_path"]
+            if path.startswith("hf:")
+        }) or None,
+    )  # fmt: skip
+    code = ", trust_remote_code=True" if own else ""
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n{CARD_HEAD}", f"# {name}", describe_model(run, own),
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("FOLDER_OR_NAME"{code})\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_NAME")\n'
+        'pipeline("text-generation", model=model, tokenizer=tokenizer)("The")\n```',
+        f"## Training\n\n{markdown_table(['', ''], training_facts(run, step))}",
+    ]  # fmt: skip
+    if measures:
+        parts.append(f"## Evaluation\n\n{markdown_table(MEASURE_COLUMNS, measures)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def describe_model(run: dict[str, Any], own: bool) -> str:
+    """A sentence or two: architecture, size, context."""
+    config = run.get("model", {})
+    size = f"{run['parameters']:,} parameters" if "parameters" in run else "A model"
+    if not own:
+        return f"{size}, model type `{config.get('model_type', 'unknown')}`."
+    return (
+        f"{size}: ALGPT2, GPT-2 with {config['num_hidden_groups']} stored block(s) applied in "
+        f"{config['n_layer']} layers, {config['n_embd']} wide, embedding size "
+        f"{config['embedding_size']}, vocabulary {config['vocab_size']:,}, context "
+        f"{config['n_positions']:,} tokens ({run['virtual_parameters']:,} parameters if each layer "
+        "had its own block)."
+    )
+
+
+def training_facts(run: dict[str, Any], step: int) -> list[list[str]]:
+    """Rows (fact, value) out of run.json."""
+    options, optim = run["options"], run["options"]["optim"]
+    start = options["model"].get("checkpoint") or options["model"].get("init_from")
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    schedule = f"{optim['lr_schedule']}, {optim['warmup_steps']:,} warm-up steps"
+    facts = {
+        "text": " ".join(map(shown, options["data"]["train_path"])),
+        "starts from": shown(start or "random weights"),
+        "steps": f"{step:,} of {run['steps']:,}",
+        "tokens": f"{step * run['tokens_per_step']:,}, {run['tokens_per_step']:,} a step",
+        "optimizer": f"{optim['optimizer']}, peak learning rate {run['peak_lr']:g}, {schedule}",
+        "weight decay": f"{optim['weight_decay']:g}",
+        "seed": f"{optim['seed']}",
+        "machine": run["machine"],
+        "versions": versions,
+        "code": f"commit {run['git_commit']}" if run["git_commit"] else "unknown",
+    }
+    return [[name, value] for name, value in facts.items()]
+
+
+def shown(path: str) -> str:
+    """A path as the card shows it: of an absolute one the name, as cards are public."""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def markdown_table(heading: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (heading, *rows)]
+    cells.insert(1, ["---"] * len(heading))
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+# --- the hub -------------------------------------------------------------------------------------
+
+
+def check_hub(name: str | None) -> None:
+    """`UserError` unless the hub knows who asks (None: nobody does): said before hours of work."""
+    if name is None:
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().whoami()
+    except Exception as error:  # of the hub's client, its HTTP library, the network
+        raise UserError(_refused(name, error)) from None
+
+
+def push_to_hub(folder: Path, name: str | None) -> None:
+    """Upload a checkpoint folder, without optimizer state, as the private model `name`.
+
+    Raises:
+        UserError: offline, not logged in, no such right.
+    """
+    if name is None or not is_main_process():
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        url = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(
+            repo_id=url.repo_id, folder_path=folder, ignore_patterns=list(NOT_UPLOADED),
+            commit_message=folder.name,
+        )  # fmt: skip
+    except Exception as error:
+        raise UserError(_refused(name, error)) from None
+    log(f"{folder} is {url}")
+
+
+def _refused(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return (
+        f"--push_to_hub {name}: the hub cannot be written to ({reason}): expected a network and "
+        "a login (`hf auth login`); then repeat the command, checkpoints are kept"
+    )

@@ -1,0 +1,89 @@
+"""Tasks in this process, in worker processes or on a Ray cluster: the same results, in order."""
+
+import contextlib
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from .errors import UserError
+
+Task, Result = TypeVar("Task"), TypeVar("Result")
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    with contextlib.suppress(AttributeError):  # macOS, Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run_tasks(
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    *,
+    workers: int,
+    ray: str | None = None,
+) -> Iterator[Result]:
+    """`function(task)` for each task, yielded in their order; tasks and results are pickled.
+
+    Args:
+        workers: processes; one works in this process.
+        ray: address of a Ray cluster (`auto`, `host:port`) that runs the tasks instead.
+
+    Raises:
+        UserError: a worker was killed, or Ray is not installed or does not answer.
+    """
+    if ray is not None:
+        yield from _on_ray(function, tasks, ray)
+    elif workers == 1 or len(tasks) < 2:
+        yield from map(function, tasks)
+    else:
+        yield from _in_processes(function, tasks, min(workers, len(tasks)))
+
+
+def _in_processes(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+) -> Iterator[Result]:
+    # Not fork: the process may run threads already (torch, tokenizers), which a fork breaks.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    try:
+        yield from pool.map(function, tasks)
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed (out of memory?): what is done is kept; repeat the"
+            f" command, with fewer --workers than {workers} if it was memory"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """A worker does not outlive the process that started it, and is one thread."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _on_ray(
+    function: Callable[[Task], Result], tasks: Sequence[Task], address: str
+) -> Iterator[Result]:
+    try:
+        from ray.util.multiprocessing import Pool
+    except ImportError:
+        raise UserError("--ray needs Ray: pip install ray") from None
+    try:
+        pool = Pool(ray_address=address)
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        raise UserError(f"no Ray cluster at --ray {address}: {error}") from None
+    with pool:
+        yield from pool.imap(function, tasks, chunksize=1)

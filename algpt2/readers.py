@@ -1,0 +1,459 @@
+"""Reading one part of a corpus: raw texts out of files, tables and archives.
+
+A raw text is bytes that should be UTF-8, or a string that may hold lone surrogates, or None where a
+row has none; `corpus.py` makes documents of them. A file is looked at again when it has been read:
+one that is not the file that was listed is an error, as its shards would be nobody's.
+"""
+
+import codecs
+import contextlib
+import functools
+import io
+import json
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from .archives import (
+    BLOCK,
+    BUFFER_BYTES,
+    Broken,
+    TarStream,
+    byte_range,
+    decompressed,
+    is_tar_header,
+    look_ahead,
+)
+from .docstrings import read_docstrings
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .corpus import CorpusReport, Part
+
+__all__ = [
+    "BrokenInput",
+    "PartReader",
+    "Reading",
+    "file_stamp",
+    "member_kind",
+    "named_kind",
+    "split_suffix",
+]
+
+# What a folder or an archive is searched for; .json is often configuration, so it has to be named.
+FOLDER_SUFFIXES = {"", ".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet", ".tar", ".zip"}
+KINDS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet",
+    ".tar": "tar", ".zip": "zip",
+}  # fmt: skip
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz", ".xsz": "xz"}
+SHORT_SUFFIXES = {".tgz": ".gz", ".tzst": ".zst", ".tbz2": ".bz2", ".txz": ".xz"}  # a tar in it
+# Never text, even when named on the command line or by a glob; any other suffix then is text.
+BINARY_SUFFIXES = set(
+    ".7z .arrow .bin .bmp .gif .h5 .ico .jpeg .jpg .mp3 .mp4 .npy .npz .pdf .pkl .png .pt .pth .pyc"
+    " .rar .safetensors .so .tfrecord .wav .webp".split()
+)
+BYTES = ("utf-8", "surrogateescape")  # arguments of encode and decode
+SMALL_BYTES = 1 << 16  # a file is read with one call up to this size
+MAX_DEPTH = 4  # of archives in archives
+MAX_BROKEN = 1000  # messages kept in a report
+
+RawTexts = Iterator[bytes | str | None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What makes a document; it is sent to the workers."""
+
+    text_key: str = "text"  # column or key of the text in tables
+    line_by_line: bool = False  # each line is a document
+    min_length: int = 0  # characters; shorter documents are left out
+    skip_broken: bool = False  # leave out what is damaged, counted, instead of stopping
+
+
+# --- what a name says ----------------------------------------------------------------------------
+
+
+def split_suffix(name: str) -> tuple[str, str | None]:
+    """The suffix that tells the kind, of what is inside where it is compressed, and how it is."""
+    suffix = file_suffix(name)
+    if suffix in SHORT_SUFFIXES:
+        return ".tar", COMPRESSIONS[SHORT_SUFFIXES[suffix]]
+    if suffix in COMPRESSIONS:
+        return file_suffix(name[: -len(suffix)]), COMPRESSIONS[suffix]
+    return suffix, None
+
+
+def file_suffix(name: str) -> str:
+    """ ".txt" of "a/b.TXT"; an eighth of what a Path takes, and there are millions."""
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > name.rfind("/") + 1 else ""
+
+
+def member_kind(name: str) -> str | None:
+    """How to read a file of a folder or an archive; None if it is not taken for text.
+
+    "stream": compressed, and only its bytes tell whether it is a tar or text.
+    """
+    suffix, compression = split_suffix(name)
+    if suffix not in FOLDER_SUFFIXES:
+        return None
+    return KINDS.get(suffix) or ("stream" if compression and not suffix else "text")
+
+
+def named_kind(name: str) -> str | None:
+    """How to read a file that was named itself; None where it cannot be text."""
+    suffix, compression = split_suffix(name)
+    if suffix in BINARY_SUFFIXES:
+        return None
+    return member_kind(name) or KINDS.get(suffix) or ("stream" if compression else "text")
+
+
+def is_hidden(name: str) -> bool:
+    """True if a member's or one of its folders' names starts with a dot."""
+    if not name.startswith(".") and "/." not in name:
+        return False
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def file_stamp(status: os.stat_result) -> int:
+    """64 bits of a file's size and time of change."""
+    return (status.st_mtime_ns + status.st_size * 0x9E3779B97F4A7C15) & (2**64 - 1)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+class BrokenInput(UserError):
+    """Input is damaged or cut off: the same command with --skip_broken goes on."""
+
+
+class _LimitReached(Exception):
+    pass
+
+
+class PartReader:
+    """Reads parts one after the other, at most `limit` files of them (None: all).
+
+    Raises (while its texts are read):
+        UserError: a file changed, a table without the text's column.
+        BrokenInput: damage, unless `reading.skip_broken` has it counted in the report.
+    """
+
+    def __init__(self, reading: Reading, report: "CorpusReport", limit: int | None = None) -> None:
+        self.reading, self.report, self.left = reading, report, limit
+
+    def read(self, part: "Part") -> RawTexts:
+        """The raw texts of a part."""
+        texts = getattr(self, f"_read_{part.kind}_part", self._read_file_part)(part)
+        try:
+            yield from self._guarded(texts)
+        except _LimitReached:
+            return
+        except FileNotFoundError as error:
+            raise _changed(error.filename or part.name, "it is gone") from None
+
+    def _begin_file(self) -> None:
+        if self.left is not None:
+            if self.left == 0:
+                raise _LimitReached
+            self.left -= 1
+        self.report.files += 1
+
+    def _guarded(self, texts: RawTexts) -> RawTexts:
+        """What is read up to where it is broken."""
+        try:
+            yield from texts
+        except Broken as error:
+            self.count_broken(error)
+
+    def count_broken(self, error: Broken) -> None:
+        """Count damage, or stop because of it."""
+        if not self.reading.skip_broken:
+            raise BrokenInput(f"{error}; --skip_broken leaves it out and counts it") from None
+        self.report.n_broken += 1
+        if len(self.report.broken) < MAX_BROKEN:
+            self.report.broken.append(str(error))
+
+    # Files: each part is opened here.
+
+    def _read_text_part(self, part: "Part") -> RawTexts:
+        for path, stamp in zip(part.paths, part.stamps, strict=True):
+            if split_suffix(path)[1] or self.reading.line_by_line:
+                yield from self._guarded(self._read_one(path, stamp, "text"))
+            else:
+                self._begin_file()
+                yield _read_whole(path, stamp).removeprefix(codecs.BOM_UTF8)
+
+    def _read_file_part(self, part: "Part") -> RawTexts:
+        """A compressed file, read from one end to the other."""
+        return self._read_one(part.name, part.stamps[0], part.kind)
+
+    def _read_one(self, path: str, stamp: int, kind: str) -> RawTexts:
+        with _unchanged(path, stamp) as file:
+            yield from self._read_stream(kind, file, path, path)
+
+    def _read_lines_part(self, part: "Part") -> RawTexts:
+        with _unchanged(part.name, part.stamps[0]) as file:
+            if not part.start:
+                self._begin_file()
+            yield from map(_without_mark, _lines_between(file, part.start, part.stop))
+
+    def _read_jsonl_part(self, part: "Part") -> RawTexts:
+        if part.stop is None:
+            yield from self._read_file_part(part)
+            return
+        with _unchanged(part.name, part.stamps[0]) as file:
+            if not part.start:
+                self._begin_file()
+            lines = _lines_between(file, part.start, part.stop)
+            yield from self._read_rows(lines, part.name, part.start)
+
+    def _read_parquet_part(self, part: "Part") -> RawTexts:
+        if not part.start:
+            self._begin_file()
+        with _unchanged(part.name, part.stamps[0]):
+            yield from self._read_table(part.name, part.name, part.start, part.stop)
+
+    def _read_tar_part(self, part: "Part") -> RawTexts:
+        if part.stop is None:
+            yield from self._read_file_part(part)
+            return
+        with _unchanged(part.name, part.stamps[0]) as file:
+            run = byte_range(file, part.start, part.stop)
+            tar = TarStream(run, part.name, first=part.start, is_cut=True)
+            yield from self._read_members(tar, 0)
+
+    def _read_zip_part(self, part: "Part") -> RawTexts:
+        with _unchanged(part.name, part.stamps[0]):
+            archive = _open_zip(part.name, part.stamps[0])
+            members = archive.infolist()[part.start : part.stop]
+            yield from self._read_zip(archive, members, part.name, 0)
+
+    def _read_docs_part(self, part: "Part") -> RawTexts:
+        return read_docstrings(part.name)
+
+    def _read_hf_part(self, part: "Part") -> RawTexts:
+        import datasets
+
+        # NAME, NAME:SPLIT or NAME:CONFIG:SPLIT
+        name = part.name
+        dataset, *rest = [name] if Path(name).exists() else name.split(":")
+        split = rest.pop() if rest else "train"
+        try:
+            rows = datasets.load_dataset(dataset, *rest, split=split, streaming=True)
+            for number, row in enumerate(rows):
+                yield _field(row, self.reading.text_key, f"hf:{name}, row {number}")
+        except UserError:
+            raise
+        except Exception as error:  # the hub, its HTTP client and each builder have their own
+            raise UserError(f"hf:{name}: {type(error).__name__}: {error}") from None
+
+    # Streams: files and members alike.
+
+    def _read_stream(
+        self, kind: str, file: BinaryIO, name: str, where: str, depth: int = 0
+    ) -> RawTexts:
+        """What `file` holds, decompressed if its name says so; `depth` counts the archives."""
+        stream = decompressed(file, split_suffix(name)[1], where)
+        if kind == "stream":
+            head, stream = look_ahead(stream, BLOCK)
+            kind = "tar" if is_tar_header(head) else "text"
+        if kind in ("tar", "zip") and depth >= MAX_DEPTH:
+            raise Broken(f"{where}: more than {MAX_DEPTH} archives in one another")
+        if kind == "tar":
+            tar = TarStream(stream, where)
+            try:
+                yield from self._read_members(tar, depth + 1)
+            finally:
+                self.report.other_files.update(tar.others)
+        elif kind == "zip":
+            archive = _zip_file(io.BytesIO(stream.read()), where)
+            yield from self._read_zip(archive, archive.infolist(), where, depth + 1)
+        else:
+            self._begin_file()
+            if kind == "parquet":
+                yield from self._read_table(io.BytesIO(stream.read()), where)
+            elif kind == "jsonl":
+                yield from self._read_rows(stream, where)
+            elif self.reading.line_by_line:
+                yield from map(_without_mark, stream)
+            else:
+                yield _without_mark(stream.read())
+
+    def _read_members(self, tar: TarStream, depth: int) -> RawTexts:
+        for member in tar:
+            name = member.name
+            kind = self._member_kind(name)
+            if kind == "text" and not self.reading.line_by_line and name.endswith(".txt"):
+                self._begin_file()
+                yield _without_mark(tar.read())
+            elif kind is not None:
+                where = f"{tar.where}, byte {member.header:,}: {name}"
+                yield from self._guarded(self._read_stream(kind, tar.open(), name, where, depth))
+
+    def _read_zip(
+        self, archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], path: str, depth: int
+    ) -> RawTexts:
+        for member in members:
+            if stat.S_ISLNK(member.external_attr >> 16):
+                self.report.other_files["(link)"] += 1
+                continue
+            if member.is_dir() or (kind := self._member_kind(member.filename)) is None:
+                continue
+            where = f"{path}, byte {member.header_offset:,}: {member.filename}"
+            yield from self._guarded(self._read_zip_member(archive, member, kind, where, depth))
+
+    def _read_zip_member(
+        self, archive: zipfile.ZipFile, member: zipfile.ZipInfo, kind: str, where: str, depth: int
+    ) -> RawTexts:
+        try:
+            content = io.BytesIO(archive.read(member))
+        except ZIP_ERRORS as error:
+            raise Broken(f"{where}: {error}") from None
+        yield from self._read_stream(kind, content, member.filename, where, depth)
+
+    def _member_kind(self, name: str) -> str | None:
+        if is_hidden(name):
+            return None
+        kind = member_kind(name)
+        if kind is None:
+            self.report.other_files[file_suffix(name)] += 1
+        return kind
+
+    def _read_rows(self, lines: Iterator[bytes], where: str, start: int = 0) -> RawTexts:
+        """The texts of lines of JSON; `start`: the byte of the first one."""
+        key = self.reading.text_key
+        position = start
+        for number, raw in enumerate(lines, start=1):
+            at = f"{where}, byte {position:,}" if start else f"{where}, line {number}"
+            position += len(raw)
+            line = _without_mark(raw).decode(*BYTES)
+            try:
+                row = json.loads(line) if not line.isspace() else {key: None}
+                if not isinstance(row, dict):
+                    raise ValueError(f"got a {type(row).__name__}")
+            except (ValueError, RecursionError) as error:
+                self.count_broken(Broken(f"{at}: expected a JSON object, {error}"))
+                continue
+            yield _field(row, key, at)
+
+    def _read_table(
+        self, source: str | BinaryIO, where: str, start: int = 0, stop: int | None = None
+    ) -> RawTexts:
+        """The texts of a parquet file, of its row groups [start, stop)."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        key = self.reading.text_key
+        try:
+            with pq.ParquetFile(source, page_checksum_verification=True) as file:
+                _check_column(file.schema_arrow.names, key, where)
+                column_type = file.schema_arrow.field(key).type
+                groups = list(range(file.num_row_groups))[start:stop]
+                for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[key]):
+                    column = batch.column(0)
+                    if pa.types.is_dictionary(column.type):
+                        column = column.dictionary_decode()
+                    # As bytes: parquet does not vouch for its strings.
+                    yield from column.cast(pa.large_binary()).to_pylist()
+        except pa.ArrowNotImplementedError:
+            raise UserError(f"{where}: column {key!r} holds {column_type}, not text") from None
+        except (pa.ArrowException, OSError) as error:
+            raise Broken(f"{where}: not a parquet file that can be read ({error})") from None
+
+
+# --- small pieces --------------------------------------------------------------------------------
+
+ZIP_ERRORS = (
+    zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError, ValueError
+)  # fmt: skip
+
+
+def _zip_file(file: str | BinaryIO, where: str) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(file)
+    except ZIP_ERRORS as error:
+        raise Broken(f"{where}: not a zip file that can be read ({error})") from None
+
+
+@functools.lru_cache(1)  # its list of members is read once per process, not once per part
+def _open_zip(path: str, stamp: int) -> zipfile.ZipFile:
+    return _zip_file(path, path)
+
+
+def _read_whole(path: str, stamp: int) -> bytes:
+    """A file's bytes in four system calls where it is small."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        content = os.read(descriptor, SMALL_BYTES)
+        if len(content) == SMALL_BYTES:
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            with io.FileIO(descriptor, closefd=False) as file:
+                content = file.readall()
+        status = os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+    if file_stamp(status) != stamp or len(content) != status.st_size:
+        raise _changed(path, f"it has {status.st_size:,} bytes now")
+    return content
+
+
+@contextlib.contextmanager
+def _unchanged(path: str, stamp: int) -> Iterator[BinaryIO]:
+    """An open file that has to be the listed one before and after it is read."""
+    with Path(path).open("rb", buffering=BUFFER_BYTES) as file:
+        _check_stamp(os.fstat(file.fileno()), path, stamp)
+        try:
+            yield file
+        except Broken:
+            _check_stamp(os.stat(path), path, stamp)  # noqa: PTH116  (perhaps that is why)
+            raise
+        _check_stamp(os.stat(path), path, stamp)  # noqa: PTH116
+
+
+def _check_stamp(status: os.stat_result, path: str, stamp: int) -> None:
+    if file_stamp(status) != stamp:
+        raise _changed(path, f"it has {status.st_size:,} bytes now")
+
+
+def _changed(path: str, what: str) -> UserError:
+    return UserError(
+        f"{path} has changed since the files were listed ({what}): leave the corpus as it is while"
+        " it is read, and start again"
+    )
+
+
+def _without_mark(raw: bytes) -> bytes:
+    return raw.removeprefix(codecs.BOM_UTF8)
+
+
+def _lines_between(file: BinaryIO, start: int, stop: int | None) -> Iterator[bytes]:
+    """The lines whose first byte lies in [start, stop)."""
+    position = start
+    if start:
+        file.seek(start - 1)
+        position += len(file.readline()) - 1
+    for line in file if stop is None or position < stop else ():
+        yield line
+        position += len(line)
+        if stop is not None and position >= stop:
+            return
+
+
+def _field(row: dict[str, object], text_key: str, where: str) -> str | None:
+    _check_column(row, text_key, where)
+    text = row[text_key]
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{where}: expected text in {text_key!r}, got a {type(text).__name__}")
+    return text
+
+
+def _check_column(names: Collection[str], text_key: str, where: str) -> None:
+    if text_key not in names:
+        raise UserError(f"{where}: no {text_key!r} (the text's key) among {', '.join(names)}")

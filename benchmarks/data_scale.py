@@ -1,0 +1,94 @@
+"""Packing at scale: documents, speed and peak memory of the workers on generated text.
+
+    python3 benchmarks/data_scale.py --text data/*.parquet --gigabytes 1 10
+
+Each copy of the given documents gets its own substitution of letters: as many words again that no
+cache has seen, with the lengths and frequencies of real ones. Memory is flat if the last row's
+peak is that of the first. Needs about 4 bytes of disk for each byte of text, in --folder.
+"""
+
+import argparse
+import glob
+import json
+import shutil
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+ROWS_PER_FILE = 10_000
+
+
+def generate(texts: list[bytes], folder: Path, n_bytes: float) -> tuple[int, int]:
+    """Write parquet files of at least `n_bytes` of text; documents and bytes."""
+    rng, documents, written, copy = np.random.default_rng(0), 0, 0, 0
+    folder.mkdir(parents=True)
+    letters = string.ascii_lowercase.encode()
+    while written < n_bytes:
+        shuffled = bytes(rng.permutation(np.frombuffer(letters, np.uint8)))
+        table = bytes.maketrans(letters, shuffled)
+        for i in range(0, len(texts), ROWS_PER_FILE):
+            rows = [text.translate(table) for text in texts[i : i + ROWS_PER_FILE]]
+            column = pa.array(rows, pa.binary()).cast(pa.string())
+            path = folder / f"{copy:04d}-{i:08d}.parquet"
+            pq.write_table(pa.table({"text": column}), path, compression="none")
+            documents, written = documents + len(rows), written + sum(map(len, rows))
+            if written >= n_bytes:
+                break
+        copy += 1
+    return documents, written
+
+
+PACK = """
+import json, resource, sys, time
+import make_tfrecords
+if __name__ == "__main__":
+    start = time.perf_counter()
+    make_tfrecords.main(sys.argv[1:])
+    seconds = time.perf_counter() - start
+    peaks = [resource.getrusage(who).ru_maxrss * 1024
+             for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(json.dumps([seconds, *peaks]))
+"""
+
+
+def main() -> None:
+    """Print one row for each size."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--text", nargs="+", required=True, help="parquet files, column text")
+    parser.add_argument("--gigabytes", nargs="+", type=float, default=[1, 10])
+    parser.add_argument("--workers", default="2")
+    parser.add_argument("--folder", default="runs/data_scale", help="is removed at the end")
+    options = parser.parse_args()
+    paths = [path for pattern in options.text for path in sorted(glob.glob(pattern))]  # noqa: PTH207
+    columns = [pq.read_table(path, columns=["text"])["text"] for path in paths]
+    texts = [text.encode() for column in columns for text in column.to_pylist()]
+    folder, root = Path(options.folder), Path(__file__).resolve().parent.parent
+    folder.mkdir(parents=True)
+    (folder / "pack.py").write_text(f"import sys; sys.path.insert(0, {str(root)!r})\n{PACK}")
+    print(f"{'GB':>6} {'documents':>10} {'MB/s':>6} {'peak worker':>12} {'peak main':>10}")
+    for gigabytes in options.gigabytes:
+        documents, n_bytes = generate(texts, folder / "text", gigabytes * 1e9)
+        command = [sys.executable, str(folder / "pack.py"), "--path", str(folder / "text"),
+                   "--save_path", str(folder / "out"), "--seq_len", "1024",
+                   "--workers", options.workers]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds, main_peak, worker_peak = json.loads(done.stdout.splitlines()[-1])
+        print(
+            f"{n_bytes / 1e9:6.2f} {documents:10,} {n_bytes / 1e6 / seconds:6.0f}"
+            f" {worker_peak / 1e9:9.2f} GB {main_peak / 1e9:7.2f} GB",
+            flush=True,
+        )
+        for name in ("text", "out"):
+            shutil.rmtree(folder / name)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
