@@ -8,6 +8,7 @@
     TF_CONFIG='{"cluster": {"worker": ["a:2222", "b:2222"]}, "task": {"type": "worker", \\
         "index": 0}}' python3 train_tfrecords.py ...           # the same on every worker
     python3 train_tfrecords.py --checkpoint runs/tfrecords --eval_only --val_path shards/val
+    python3 train_tfrecords.py --config_path algpt2 --batch_size 512 --dry_run v3-128    # no TPU
 
 Repeat a command (on every worker) and the run continues where it stopped; a finished run says so.
 """
@@ -22,6 +23,8 @@ from algpt2.options import TFRecordOptions, parse
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Train or evaluate as the options say; returns the exit code."""
     options = parse(TFRecordOptions, argv)
+    if options.dry_run:
+        return dry_run(options)
     return evaluate_only(options) if options.eval_only else train(options)
 
 
@@ -87,6 +90,17 @@ def evaluate_only(flags: TFRecordOptions) -> None:
     if processes.rank == 0:
         name = Path(str(options.model.checkpoint)).name
         report.log(runs.metrics_table(name, loss, runs.text_totals(rows.manifest)))
+
+
+def dry_run(flags: TFRecordOptions) -> None:
+    """Compile the training step for a TPU slice without it; print memory, FLOPs, or what fits."""
+    from algpt2 import dry_run_tf
+
+    trial = dry_run_tf.prepare(flags)
+    if flags.find_batch:
+        trial.find_batch()
+    else:
+        trial.check(trial.rows_per_core(flags.batch_size))
 
 
 if __name__ == "__main__":

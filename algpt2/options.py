@@ -336,6 +336,8 @@ class TFRecordOptions:
     tags: tuple[str, ...] = ()  # W&B tags
     seed: int = 42  # of weights, data order and dropout
     eval_only: bool = False  # evaluate --checkpoint on --val_path and stop
+    dry_run: str | None = None  # compile the step for a TPU slice (v3-128) without it, and stop
+    find_batch: bool = False  # with dry_run: the largest batch that fits
     overwrite: bool = False  # remove the run in save_dir and start anew
     debug: bool = False  # a traceback with every error
 
@@ -343,6 +345,8 @@ class TFRecordOptions:
         check_positive(self, "train_len", "save_batches", "eval_batches", "log_batches")
         if self.eval_only and not self.checkpoint:
             raise UserError("--eval_only needs --checkpoint FOLDER")
+        if self.find_batch and not self.dry_run:
+            raise UserError("--find_batch needs --dry_run SLICE, for example --dry_run v3-128")
         self.train_options()  # the checks of the others
 
     def train_options(self) -> TFTrainOptions:

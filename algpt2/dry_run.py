@@ -1,0 +1,281 @@
+"""The dry run: what a TPU slice would make of a training step, asked of its compiler, without it.
+
+`train_tfrecords.py --dry_run v3-128` lowers its step to HLO (dry_run_tf.py), libtpu compiles that
+for the slice in a process of its own (tpu_compiler.py), and this module knows the slices, judges
+what comes back and prints it. A program is that of one core, all-reduce over the slice included.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from .errors import UserError
+from .report import log
+
+GIB = 2**30
+REQUIREMENTS = "requirements-tpu.txt"
+MAX_ROWS = 1024  # per core: where --find_batch stops asking
+
+# Chips of a slice by the number in its name: a torus of two dimensions, or of three.
+_TORUS_CORES = {
+    8: "2x2", 32: "4x4", 64: "4x8", 128: "8x8", 256: "8x16", 512: "16x16", 1024: "16x32",
+    2048: "32x32",
+}  # fmt: skip
+_CUBE_CORES = {
+    8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8",
+    1024: "8x8x8", 2048: "8x8x16", 4096: "8x16x16",
+}  # fmt: skip
+_TORUS_CHIPS = {
+    1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A TPU slice as libtpu knows it. A core is what runs one replica: from v4 on a whole chip."""
+
+    name: str  # as gcloud calls it: v3-128, v5litepod-16
+    topology: str  # as libtpu calls it: v3:8x8
+    n_cores: int  # replicas
+    hbm_gib: int  # of one core
+    chip_config: str = ""  # v4: two cores of a chip as one
+
+
+# generation: (HBM of a replica in GiB, cores of the name in a replica, sizes, largest, chip_config);
+# HBM from cloud.google.com/tpu/docs/v2 ... v6e
+_GENERATIONS: dict[str, tuple[int, int, dict[int, str], int, str]] = {
+    "v2": (8, 1, _TORUS_CORES, 512, ""),
+    "v3": (16, 1, _TORUS_CORES, 2048, ""),
+    "v4": (32, 2, _CUBE_CORES, 4096, "megacore"),
+    "v5e": (16, 1, _TORUS_CHIPS, 256, ""),
+    "v5p": (95, 2, _CUBE_CORES, 4096, ""),
+    "v6e": (32, 1, _TORUS_CHIPS, 256, ""),
+}
+
+
+def parse_slice(name: str) -> Slice:
+    """The slice of a name such as v2-8, v3-128, v4-32, v5e-16 (or v5litepod-16), v5p-8, v6e-256.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    generation, _, size = name.replace("v5litepod-", "v5e-").partition("-")
+    if generation not in _GENERATIONS:
+        raise UserError(
+            f"--dry_run {name}: expected a TPU slice such as v2-8, v3-128, v4-32, v5e-16, v5p-8 or "
+            f"v6e-16 (generations: {', '.join(_GENERATIONS)})"
+        )
+    hbm_gib, per_replica, shapes, largest, chip_config = _GENERATIONS[generation]
+    sizes = [n for n in shapes if n <= largest]
+    if size not in map(str, sizes):
+        raise UserError(
+            f"--dry_run {name}: no such size; expected one of "
+            f"{', '.join(f'{generation}-{n}' for n in sizes)}"
+        )
+    gcloud_name = f"v5litepod-{size}" if generation == "v5e" else name
+    n_cores = int(size) // per_replica
+    return Slice(gcloud_name, f"{generation}:{shapes[int(size)]}", n_cores, hbm_gib, chip_config)
+
+
+def check_requirements() -> None:
+    """`UserError` unless the TPU compiler is installed."""
+    missing = [name for name in ("jax", "libtpu") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--dry_run needs {' and '.join(missing)}, the TPU compiler: "
+            f"pip install -r {REQUIREMENTS}"
+        )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says about the program of one core."""
+
+    argument_bytes: int  # weights, optimizer state, tokens
+    temp_bytes: int  # activations, gradients
+    output_bytes: int  # of which `alias_bytes` take the place of arguments
+    alias_bytes: int
+    code_bytes: int
+    flops: float
+    seconds: float  # to compile
+
+    @property
+    def total_bytes(self) -> int:
+        """HBM that one core needs."""
+        outputs = self.output_bytes - self.alias_bytes
+        return self.argument_bytes + self.temp_bytes + outputs + self.code_bytes
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """A program that does not fit a core."""
+
+    needed: str = ""  # "24.38 GiB", if the compiler says it
+    available: str = ""
+
+    def __str__(self) -> str:
+        if not self.needed:
+            return "more HBM than a core has"
+        return f"{self.needed} of HBM, a core has {self.available} for it"
+
+
+def compile_program(program: bytes, tpu: Slice) -> Compiled | TooLarge:
+    """Compile a serialized HLO module for every core of a slice, with libtpu in another process.
+
+    Raises:
+        UserError: the compiler died or refused for a reason other than memory.
+    """
+    with tempfile.TemporaryDirectory(prefix="algpt2-dry-run-") as folder:
+        paths = {name: Path(folder, name) for name in ("program", "answer", "request")}
+        paths["program"].write_bytes(program)
+        request = {
+            "topology": tpu.topology, "chip_config": tpu.chip_config, "n_devices": tpu.n_cores,
+            "accelerator_type": tpu.name, "program": str(paths["program"]),
+            "answer": str(paths["answer"]),
+        }  # fmt: skip
+        paths["request"].write_text(json.dumps(request), encoding="utf-8")
+        root = str(Path(__file__).resolve().parent.parent)
+        python_path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        process = subprocess.run(
+            [sys.executable, "-m", "algpt2.tpu_compiler", str(paths["request"])],
+            env=os.environ | {"PYTHONPATH": python_path}, check=False,
+            capture_output=True, text=True, errors="replace",
+        )  # fmt: skip
+        with contextlib.suppress(OSError, ValueError):
+            return read_answer(json.loads(paths["answer"].read_text(encoding="utf-8")))
+    last = (process.stderr.strip().splitlines() or ["no message"])[-1]
+    raise UserError(
+        f"the TPU compiler ended with code {process.returncode} and no answer ({last[:200]}): "
+        f"expected the versions of {REQUIREMENTS} on x86 Linux, and memory to compile in"
+    )
+
+
+def read_answer(answer: dict[str, Any]) -> Compiled | TooLarge:
+    """The answer of tpu_compiler.py.
+
+    Raises:
+        UserError: an error other than too little HBM.
+    """
+    if "error" not in answer:
+        return Compiled(**answer)
+    message = str(answer["error"])
+    if "RESOURCE_EXHAUSTED" not in message:
+        raise UserError(f"the TPU compiler refuses the program: {message[:400]}")
+    size = r"([\d.]+[KMGT])"
+    found = re.search(rf"\({size}\) exceeds available HBM \({size}\)", message) or re.search(
+        rf"Used {size} of {size} hbm", message
+    )
+    sizes = found.groups() if found else ()
+    return TooLarge(*(f"{size[:-1]} {size[-1]}iB" for size in sizes))
+
+
+class Program(Protocol):
+    """A training step that can be lowered for any batch: dry_run_tf.StepProgram."""
+
+    def lower(self, rows_per_core: int) -> bytes:
+        """The serialized HLO module of one core."""
+
+
+@dataclass
+class DryRun:
+    """One training step on one slice, for as many batches as are asked for."""
+
+    tpu: Slice
+    program: Program
+    flops_per_row: int  # closed form, of one row in every forward pass of the step
+    compiler: Callable[[bytes, Slice], Compiled | TooLarge] = compile_program
+
+    def compile(self, rows: int) -> Compiled | TooLarge:
+        """The step with `rows` rows per core and forward pass."""
+        answer = self.compiler(self.program.lower(rows), self.tpu)
+        hbm_bytes = self.tpu.hbm_gib * GIB
+        if isinstance(answer, Compiled) and answer.total_bytes > hbm_bytes:
+            return TooLarge(f"{answer.total_bytes / GIB:.2f} GiB", f"{self.tpu.hbm_gib} GiB")
+        return answer
+
+    def describe(self, rows: int, compiled: Compiled) -> str:
+        """The lines about a batch that fits."""
+        tpu, expected = self.tpu, rows * self.flops_per_row
+        total = compiled.total_bytes
+        lines = [
+            f"{tpu.name}: {tpu.n_cores} cores ({tpu.topology}), {rows} rows per core, "
+            f"--batch_size {rows * tpu.n_cores}",
+            f"HBM arguments    {compiled.argument_bytes / GIB:8.3f} GiB per core: weights, "
+            "optimizer state, tokens",
+            f"HBM temporaries  {compiled.temp_bytes / GIB:8.3f} GiB: activations, gradients",
+            f"HBM total        {total / GIB:8.3f} GiB of {tpu.hbm_gib} GiB "
+            f"({100 * total / (tpu.hbm_gib * GIB):.0f} %), {compiled.code_bytes / GIB:.3f} of code",
+            f"FLOPs of a step  {compiled.flops / 1e12:8.3f} TFLOP per core, closed form "
+            f"{expected / 1e12:.3f}, ratio {compiled.flops / expected:.3f}",
+            f"compile time     {compiled.seconds:8.1f} s",
+        ]
+        return "\n".join(lines)
+
+    def check(self, rows: int) -> Compiled:
+        """Compile and print the step of one batch.
+
+        Raises:
+            UserError: it does not fit.
+        """
+        answer = self.compile(rows)
+        if isinstance(answer, TooLarge):
+            raise UserError(self.too_large(rows, answer))
+        log(self.describe(rows, answer))
+        return answer
+
+    def find_batch(self) -> int:
+        """Rows per core of the largest batch that fits, to an eighth, printed with its numbers.
+
+        Doubled until it does not fit, then halved between; no more than `MAX_ROWS`.
+
+        Raises:
+            UserError: one row does not fit.
+        """
+        fits, too_many = 0, MAX_ROWS + 1
+        rows, best = 1, None
+        while rows < too_many and too_many - fits > max(1, fits // 8):
+            answer = self.compile(rows)
+            if isinstance(answer, TooLarge):
+                log(f"{rows} rows per core: too large, {answer}")
+                if rows == 1:
+                    raise UserError(self.too_large(rows, answer))
+                too_many = rows
+            else:
+                log(f"{rows} rows per core: {answer.total_bytes / GIB:.2f} GiB")
+                fits, best = rows, answer
+            rows = min(2 * fits, MAX_ROWS) if too_many > MAX_ROWS else (fits + too_many) // 2
+        assert best is not None
+        log(self.describe(fits, best))
+        return fits
+
+    def rows_per_core(self, batch_size: int) -> int:
+        """Rows of one core of the batch of all.
+
+        Raises:
+            UserError: the batch does not divide.
+        """
+        if batch_size % self.tpu.n_cores:
+            raise UserError(
+                f"--batch_size {batch_size} is the batch of all cores: expected a multiple of the "
+                f"{self.tpu.n_cores} of {self.tpu.name}"
+            )
+        return batch_size // self.tpu.n_cores
+
+    def too_large(self, rows: int, answer: TooLarge) -> str:
+        """One sentence about a batch that does not fit, and what to do."""
+        advice = "--gradient_checkpointing or a smaller model"
+        if rows > 1:
+            advice = "a smaller --batch_size with more --grad_steps, or --gradient_checkpointing"
+        return (
+            f"{rows} rows per core do not fit {self.tpu.name}: the step needs {answer}; "
+            f"use {advice}"
+        )

@@ -1,0 +1,76 @@
+"""The training step of training_tf.py as the program that one core of a TPU slice would run."""
+
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+
+from .dry_run import DryRun, check_requirements, parse_slice
+from .input_tf import find_shards
+from .modeling_tf_algpt2 import LOSS_ROWS
+from .options import TFRecordOptions, TFTrainOptions
+from .training_tf import build_model, build_optimizer, build_step
+
+
+def prepare(flags: TFRecordOptions) -> DryRun:
+    """The dry run of a train_tfrecords.py command; its shards are read for seq_len alone.
+
+    Raises:
+        UserError: no such slice, no compiler, no such model; no `--seq_len` and no shards.
+    """
+    tpu = parse_slice(str(flags.dry_run))
+    check_requirements()
+    seq_len = flags.seq_len or find_shards("--train_path", flags.train_path).manifest.seq_len
+    program = StepProgram(flags.train_options(), seq_len, tpu.n_cores)
+    flops = program.model.config.flops_per_token(seq_len) * seq_len * flags.grad_steps
+    return DryRun(tpu, program, flops)
+
+
+class SliceReplica(tf.distribute.ReplicaContext):
+    """One replica among `n_replicas`: its all-reduce is the one that TPUStrategy puts in."""
+
+    def __init__(self, n_replicas: int) -> None:
+        super().__init__(tf.distribute.get_strategy(), replica_id_in_sync_group=0)
+        self.n_replicas = n_replicas
+
+    def all_reduce(self, reduce_op: Any, value: Any, options: Any = None) -> Any:
+        """Sum or mean over the replicas of each tensor of a nest."""
+        groups = tf.range(self.n_replicas)[None]
+        is_mean = reduce_op == tf.distribute.ReduceOp.MEAN
+
+        def reduce(tensor: tf.Tensor) -> tf.Tensor:
+            total = gen_xla_ops.xla_all_reduce(tensor, groups, "Add", "CrossReplica")
+            return total / self.n_replicas if is_mean else total
+
+        return tf.nest.map_structure(reduce, value)
+
+
+class StepProgram:
+    """Model, optimizer and step of the options, built once and lowered for any batch."""
+
+    def __init__(self, options: TFTrainOptions, seq_len: int, n_replicas: int) -> None:
+        optim, dtype = options.optim, "float32"
+        if optim.precision in ("auto", "bf16"):  # auto on a TPU
+            dtype = "mixed_bfloat16"
+        model = build_model(options.model, None, seq_len, dtype)
+        model.loss_rows = LOSS_ROWS
+        step = build_step(model, build_optimizer(model, optim, 1e-3), optim)
+
+        @tf.function(jit_compile=True)
+        def replica_step(rows: tf.Tensor, lr: tf.Tensor, seed: tf.Tensor, ok: tf.Tensor) -> Any:
+            with SliceReplica(n_replicas):
+                return step(rows, lr, seed, ok)
+
+        self.model, self._step = model, replica_step
+        self._row_shape = (optim.grad_steps, seq_len + 1)
+
+    def lower(self, rows_per_core: int) -> bytes:
+        """The serialized HLO module for `rows_per_core` rows per forward pass."""
+        grad_steps, n_tokens = self._row_shape
+        specs = [
+            tf.TensorSpec([grad_steps, rows_per_core, n_tokens], tf.int32),
+            tf.TensorSpec([], tf.float32),
+            tf.TensorSpec([2], tf.int32),
+            tf.TensorSpec([], tf.bool),
+        ]
+        return self._step.experimental_get_compiler_ir(*specs)(stage="hlo_serialized")
