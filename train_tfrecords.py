@@ -24,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     """Train or evaluate as the options say; returns the exit code."""
     options = parse(TFRecordOptions, argv)
     if options.dry_run:
-        return dry_run(options)
+        from algpt2 import dry_run
+
+        return dry_run.run(options)
     return evaluate_only(options) if options.eval_only else train(options)
 
 
@@ -90,17 +92,6 @@ def evaluate_only(flags: TFRecordOptions) -> None:
     if processes.rank == 0:
         name = Path(str(options.model.checkpoint)).name
         report.log(runs.metrics_table(name, loss, runs.text_totals(rows.manifest)))
-
-
-def dry_run(flags: TFRecordOptions) -> None:
-    """Compile the training step for a TPU slice without it; print memory, FLOPs, or what fits."""
-    from algpt2 import dry_run_tf
-
-    trial = dry_run_tf.prepare(flags)
-    if flags.find_batch:
-        trial.find_batch()
-    else:
-        trial.check(trial.rows_per_core(flags.batch_size))
 
 
 if __name__ == "__main__":

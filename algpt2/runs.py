@@ -80,6 +80,11 @@ def check_model_fits(
             f"the tokenizer has {n_ids:,} entries and the model {n_embeddings:,}: expected the "
             f"same; choose another --tokenizer, or train one with --vocab_size {n_embeddings}"
         )
+    check_rows_fit(seq_len, config)
+
+
+def check_rows_fit(seq_len: int | None, config: dict[str, Any]) -> None:
+    """`UserError` if a row is longer than the positions of the model of a config.json."""
     n_positions = context_of(config)
     if seq_len and n_positions and seq_len > n_positions:
         raise UserError(

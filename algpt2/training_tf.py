@@ -321,7 +321,8 @@ def build_step(
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         context = tf.distribute.get_replica_context()
         seed = _fold(seed, context.replica_id_in_sync_group)
-        loss, grads = _accumulate(gradients, rows, seed)
+        shapes = [variable.shape for variable in model.trainable_variables]
+        loss, grads = _accumulate(gradients, rows, seed, shapes)
         loss, *grads = context.all_reduce(tf.distribute.ReduceOp.MEAN, [loss, *grads])
         norm = tf.linalg.global_norm(grads)
         ok = ok & tf.math.is_finite(loss) & tf.math.is_finite(norm)
@@ -340,9 +341,9 @@ def _fold(seed: tf.Tensor, value: Any) -> tf.Tensor:
 
 
 def _accumulate(
-    gradients: Callable[..., Any], rows: tf.Tensor, seed: tf.Tensor
+    gradients: Callable[..., Any], rows: tf.Tensor, seed: tf.Tensor, shapes: list[Any]
 ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-    """Mean loss and gradients over the forward passes rows[0], rows[1] ..."""
+    """Mean loss and gradients (of `shapes`) over the forward passes rows[0], rows[1] ..."""
     n = rows.shape[0]
     if n == 1:
         return gradients(rows[0], seed)
@@ -351,9 +352,9 @@ def _accumulate(
         more, grads = gradients(rows[i], _fold(seed, i))
         return i + 1, loss + more / n, [a + b / n for a, b in zip(sums, grads, strict=True)]
 
-    first, grads = gradients(rows[0], seed)
-    start = (tf.constant(1), first / n, [gradient / n for gradient in grads])
-    _, loss, sums = tf.while_loop(lambda i, *_: i < n, body, start, maximum_iterations=n - 1)
+    # From zero on, so that the program holds the model once.
+    start = (tf.constant(0), tf.zeros([]), [tf.zeros(shape) for shape in shapes])
+    _, loss, sums = tf.while_loop(lambda i, *_: i < n, body, start, maximum_iterations=n)
     return loss, sums
 
 
