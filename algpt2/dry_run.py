@@ -63,8 +63,8 @@ class Slice:
         return batch_size // self.n_cores
 
 
-# generation: (HBM of a replica in GiB, cores of the name in a replica, sizes, largest, chip_config);
-# HBM from cloud.google.com/tpu/docs/v2 ... v6e
+# generation: (HBM of a replica in GiB, cores of the name in a replica, sizes, largest,
+# chip_config); HBM from cloud.google.com/tpu/docs/v2 ... v6e
 _GENERATIONS: dict[str, tuple[int, int, dict[int, str], int, str]] = {
     "v2": (8, 1, _TORUS_CORES, 512, ""),
     "v3": (16, 1, _TORUS_CORES, 2048, ""),
@@ -268,7 +268,9 @@ class DryRun:
                     raise UserError(self.too_large(rows, answer))
                 too_many = rows
             else:
-                log(f"{rows} rows per core: {answer.total_bytes / GIB:.2f} GiB")
+                ratio = answer.flops / (rows * self.flops_per_row)
+                gib = answer.total_bytes / GIB
+                log(f"{rows} rows per core: {gib:.2f} GiB, {ratio:.3f} of the closed form's FLOPs")
                 fits[rows] = answer
             rows = next_rows(
                 {n: one.total_bytes for n, one in fits.items()}, too_many, self.tpu.hbm_gib * GIB
@@ -301,16 +303,17 @@ def next_rows(fits: dict[int, int], too_many: int, hbm_bytes: int) -> int:
         return too_many
     if too_many <= MAX_ROWS:
         return (most + too_many) // 2
-    before = max((rows for rows in fits if rows < most), default=0)
-    if not before:
+    least = min(fits)
+    if least == most:
         return 2 * most
-    slope = max(1.0, (fits[most] - fits[before]) / (most - before))
+    # Over all of them: near its limit XLA recomputes by itself, and more rows may take less.
+    slope = max(1.0, (fits[most] - fits[least]) / (most - least))
     guess = most + int((hbm_bytes - fits[most]) / slope)
     return min(max(most + step, guess), MAX_ROWS)
 
 
 def run(flags: TFRecordOptions) -> None:
-    """What `--dry_run` does: print what a batch takes, or with `--find_batch` the largest that fits.
+    """`--dry_run`: print what a batch takes, or with `--find_batch` the largest that fits.
 
     What can be wrong with the command is said before TensorFlow is imported.
     """

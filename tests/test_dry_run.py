@@ -115,7 +115,7 @@ def test_the_compilers_process_answers_whatever_happens_to_it(monkeypatch, tmp_p
     """Without jax, as here: the error crosses over whole."""
     (tmp_path / "jax.py").write_text("raise ImportError('no jax of this name')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(UserError, match="refuses the program: .*Error: .*jax"):
+    with pytest.raises(UserError, match=r"refuses the program: .*Error: .*jax"):
         dry_run.compile_program(b"", parse_slice("v3-8"))
 
 
@@ -159,6 +159,13 @@ def test_the_largest_batch_is_found_to_an_eighth(per_row, shape):
         assert len(compiler.asked) <= 4
 
 
+def test_a_compiler_that_recomputes_near_its_limit_is_not_asked_for_more_often():
+    """As gpt2 on v3-128: 20 rows took less than 18, as XLA began to recompute activations."""
+    compiler = Memory(lambda rows: 99 * GIB if rows > 21 else (1 + rows * 0.8 - (rows > 18)) * GIB)
+    assert compiler.find() in (20, 21)
+    assert len(compiler.asked) <= 6
+
+
 def test_one_row_that_does_not_fit_is_one_sentence(capsys):
     compiler = Memory(lambda rows: 20 * GIB)
     with pytest.raises(UserError, match=r"1 rows? per core .* not fit v3-8.*20.00 GiB of HBM"):
@@ -175,7 +182,7 @@ def test_a_batch_is_described_or_refused_with_what_to_do(capsys):
     assert "128 cores (v3:8x8), 4 rows of 1,024 tokens per core, --batch_size 512" in printed
     assert re.search(r"HBM total +4\.000 GiB of 16 GiB \(25%\)", printed)
     assert "ratio 1.050" in printed
-    with pytest.raises(UserError, match="20 rows per core do not fit v3-128.*--grad_steps"):
+    with pytest.raises(UserError, match=r"20 rows per core do not fit v3-128.*--grad_steps"):
         trial.check(20)
     with pytest.raises(UserError, match="the step needs 99 GiB of HBM, a core has 15 GiB for it"):
         trial.check(40)
