@@ -16,7 +16,7 @@ Repeat a command (on every worker) and the run continues where it stopped; a fin
 from collections.abc import Sequence
 from pathlib import Path
 
-from algpt2.errors import EXIT_STOPPED, run_script
+from algpt2.errors import run_script
 from algpt2.options import TFRecordOptions, parse
 
 
@@ -63,15 +63,17 @@ def train(flags: TFRecordOptions) -> int | None:
         )
         run |= runs.describe_model(trainer.model, inputs.seq_len)
         report.log(runs.summary(run, trainer.step))
-        if trainer.step >= n_steps:
-            return None
 
         # 4. Train
-        with report.RunReport(save_dir, run, trainer.step, options.report) as run_report:
-            hooks = training_tf.make_hooks(trainer, tokenizer, val_rows, run, run_report)
-            done = training_tf.fit(trainer, hooks)
-    report.log(f"{'done' if done else 'stopped'} at step {trainer.step}: {save_dir}")
-    return None if done else EXIT_STOPPED
+        run |= runs.measure_start(
+            trainer.step, options.model, run, lambda: training_tf.validate(trainer, val_rows)
+        )
+        done = trainer.step >= n_steps
+        if not done:
+            with report.RunReport(save_dir, run, trainer.step, options.report) as run_report:
+                hooks = training_tf.make_hooks(trainer, tokenizer, val_rows, run, run_report)
+                done = training_tf.fit(trainer, hooks)
+    return runs.finish(done, trainer.step, run, options)
 
 
 def evaluate_only(flags: TFRecordOptions) -> None:

@@ -291,6 +291,11 @@ class TFTrainOptions(TrainOptions):
         check_positive(self, "n_devices", "steps_per_call")
         if self.optim.fp16 or self.optim.precision == "fp16":
             raise UserError("fp16 needs PyTorch (train_pt.py): expected --precision bf16 or fp32")
+        if self.model.init_from or self.model.init_blocks:
+            raise UserError(
+                "--init_from needs PyTorch: start with train_pt.py --init_from ... --max_minutes 0.1"
+                " and repeat the command here without --init_from; expected --checkpoint or neither"
+            )
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,26 @@ def test_outputs_that_take_the_place_of_arguments_are_counted_once():
     assert read_answer(ANSWER).total_bytes == (3 + 2 + (3 - 2) + 1) * GIB
 
 
+@pytest.mark.parametrize(
+    ("message", "needed", "available"),
+    [
+        (  # libtpu 0.0.52
+            "JaxRuntimeError: RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on "
+            "HBM, the total memory required for HLO temporaries (29.77G) exceeds available HBM "
+            "(15.48G). HLO module: a_inference_replica_step_11147__.493.\nSee https://openxla.org/"
+            "xla/errors/error_1000 for more details.",
+            "29.77 GiB", "15.48 GiB",
+        ),
+        ("XlaRuntimeError: RESOURCE_EXHAUSTED: Used 20.13G of 15.48G hbm.", "20.13 GiB", "15.48 GiB"),
+        ("RESOURCE_EXHAUSTED: something new", "", ""),
+    ],
+)  # fmt: skip
+def test_a_program_that_is_too_large_is_recognized(message, needed, available):
+    found = read_answer({"error": message})
+    assert found == TooLarge(needed, available)
+    assert (f"{needed} of HBM, a core has {available}" if needed else "more HBM") in str(found)
+
+
 def test_an_error_other_than_memory_is_a_user_error():
     with pytest.raises(UserError, match="refuses the program: ValueError: unknown topology"):
         read_answer({"error": "ValueError: unknown topology"})
