@@ -293,8 +293,8 @@ class TFTrainOptions(TrainOptions):
             raise UserError("fp16 needs PyTorch (train_pt.py): expected --precision bf16 or fp32")
         if self.model.init_from or self.model.init_blocks:
             raise UserError(
-                "--init_from needs PyTorch: start with train_pt.py --init_from ... --max_minutes 0.1"
-                " and repeat the command here without --init_from; expected --checkpoint or neither"
+                "--init_from needs PyTorch: start with train_pt.py and stop it; expected here the "
+                "checkpoint that it leaves, --checkpoint RUN"
             )
 
 

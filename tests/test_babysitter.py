@@ -1,5 +1,6 @@
-"""The babysitter of CLOUD.md, taken from there as it stands, with commands that end as real ones."""
+"""The babysitter of CLOUD.md, as it stands there, with commands that end as real ones do."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -47,7 +48,7 @@ def babysit(tmp_path):
 def test_it_starts_again_until_the_code_says_that_this_is_no_use(babysit, last):
     code, n_calls, pauses = babysit(75, 137, 143, 75, last, 0)
     assert (code, n_calls) == (last, 5)
-    assert all(0 < a < b for a, b in zip(pauses, pauses[1:], strict=False))
+    assert all(0 < a < b for a, b in itertools.pairwise(pauses))
     assert len(pauses) == 4
 
 

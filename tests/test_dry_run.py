@@ -110,7 +110,7 @@ def test_outputs_that_take_the_place_of_arguments_are_counted_once():
             "xla/errors/error_1000 for more details.",
             "29.77 GiB", "15.48 GiB",
         ),
-        ("XlaRuntimeError: RESOURCE_EXHAUSTED: Used 20.13G of 15.48G hbm.", "20.13 GiB", "15.48 GiB"),
+        ("RESOURCE_EXHAUSTED: Used 20.13G of 15.48G hbm.", "20.13 GiB", "15.48 GiB"),
         ("RESOURCE_EXHAUSTED: something new", "", ""),
     ],
 )  # fmt: skip

@@ -98,9 +98,11 @@ def test_an_encoder_that_differs_is_not_used(tokenizer, monkeypatch, capsys):
             return super().__call__(text)[::-1]
 
     monkeypatch.setattr(encoders, "FastEncoder", Wrong)
+    build_encoder.cache_clear()
     choice = choose_encoder(tokenizer, ["several words", "a"])
     assert (choice["name"], choice["differences"]) == ("tokenizers", 1)
     assert "differ on 1 of 2 documents" in capsys.readouterr().out
+    build_encoder.cache_clear()
     encode = build_encoder(tokenizer, choice["name"])
     assert np.array_equal(encode("several words"), tokenizer.encode_batch(["several words"])[0])
 
