@@ -52,8 +52,19 @@ class Slice:
     def rows_per_core(self, batch_size: int) -> int:
         """Rows of one core of the batch of all.
 
-# generation: (HBM of a replica in GiB, cores of the name in a replica, sizes, largest, chip);
-# HBM from cloud.google.com/tpu/docs/v2 ... v6e
+        Raises:
+            UserError: the batch does not divide.
+        """
+        if batch_size % self.n_cores:
+            raise UserError(
+                f"--batch_size {batch_size} is the batch of all cores: expected a multiple of the "
+                f"{self.n_cores} of {self.name}"
+            )
+        return batch_size // self.n_cores
+
+
+# generation: (HBM of a replica in GiB, cores of the name in a replica, sizes, largest,
+# chip_config); HBM from cloud.google.com/tpu/docs/v2 ... v6e
 _GENERATIONS: dict[str, tuple[int, int, dict[int, str], int, str]] = {
     "v2": (8, 1, _TORUS_CORES, 512, ""),
     "v3": (16, 1, _TORUS_CORES, 2048, ""),
