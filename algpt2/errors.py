@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or gradient that is NaN or infinite, found before it reached the weights."""
+    """A number that is NaN or infinite (or outlier upon outlier), found before it was kept."""
 
 
 def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:

@@ -125,7 +125,7 @@ def write(text: str) -> None:
 
 NOT_OF_THE_RUN = {  # options that may change between two starts of the same run
     "report", "sample", "eval", "eval_only", "compressors", "sample_only", "device", "compile",
-    "n_devices", "steps_per_call", "overwrite", "debug",
+    "n_devices", "steps_per_call", "overwrite", "debug", "skip_outliers",
 }  # fmt: skip
 
 
