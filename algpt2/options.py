@@ -7,6 +7,7 @@ is not here is nowhere. No framework is imported, so that `--help` answers at on
 import contextlib
 import io
 import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeVar
@@ -18,6 +19,7 @@ from .errors import UserError
 Options = TypeVar("Options")
 
 DEFAULT_TOKENIZER = "algpt2-tokenizer"
+_start = {"s": time.monotonic()}  # of the command
 
 
 def parse(
@@ -29,6 +31,7 @@ def parse(
     bare flag (`--overwrite`, `--no_overwrite`); fields of nested dataclasses keep their own names.
     `--help` prints and exits with 0. Unknown flags and bad values: `UserError`.
     """
+    _start["s"] = time.monotonic()
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -43,6 +46,11 @@ def parse(
         if stop.code in (None, 0):
             raise
         raise UserError(_first_sentence(printed.getvalue())) from None
+
+
+def seconds_since_start() -> float:
+    """Seconds since the command line was parsed: what a rented machine has been paid for."""
+    return time.monotonic() - _start["s"]
 
 
 def _first_sentence(box: str) -> str:
