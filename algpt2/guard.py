@@ -64,8 +64,10 @@ class StepGuard:
         finite = math.isfinite(loss) and math.isfinite(norm)
         return bool(finite and loss <= most[0] and norm <= most[1])
 
-    def note(self, step: int, loss: float, norm: float, updated: bool, hint: "Callable[[], Hint]") -> None:
-        """Remember what came of a step (from 1).
+    def note(
+        self, step: int, loss: float, norm: float, updated: bool, hint: "Callable[[], Hint]"
+    ) -> None:
+        """Remember what came of a step (from 1); `hint` is called if the run has to stop.
 
         Raises:
             NonFiniteError: it was skipped, and one step too many was.

@@ -43,9 +43,7 @@ class AdamW(keras.optimizers.AdamW):
     def slots(self) -> dict[str, list[Any]]:
         return {"exp_avg": self._momentums, "exp_avg_sq": self._velocities}
 
-    def update_step(
-        self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor
-    ) -> None:
+    def update_step(self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor) -> None:
         i = self._get_variable_index(variable)
         decay_matrix(variable, learning_rate * self.weight_decay)
         apply_adam(
@@ -61,9 +59,7 @@ class SGD(keras.optimizers.SGD):
     def slots(self) -> dict[str, list[Any]]:
         return {"momentum_buffer": self.momentums} if self.momentum else {}
 
-    def update_step(
-        self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor
-    ) -> None:
+    def update_step(self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor) -> None:
         if len(variable.shape) >= 2:
             gradient += self.weight_decay * variable
         if self.momentum:
@@ -93,9 +89,7 @@ class Muon(keras.optimizers.Muon):
     def _where(flags: list[bool], variables: list[Any]) -> list[Any]:
         return [v if flag else None for flag, v in zip(flags, variables, strict=True)]
 
-    def update_step(
-        self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor
-    ) -> None:
+    def update_step(self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor) -> None:
         i = self._get_variable_index(variable)
         decay_matrix(variable, learning_rate * self.weight_decay)
         buffer, velocity = self.momentums[i], self.adam_velocities[i]
@@ -151,9 +145,7 @@ class Adafactor(keras.optimizers.Optimizer):
     def slots(self) -> dict[str, list[Any]]:
         return self._slots
 
-    def update_step(
-        self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor
-    ) -> None:
+    def update_step(self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor) -> None:
         i = self._get_variable_index(variable)
         mean, row, column, full = (variables[i] for variables in self._slots.values())
         lr = learning_rate
