@@ -116,6 +116,8 @@ def start_wandb(
         try:
             import wandb
 
+            if attempt != mode:
+                wandb.teardown()  # its service holds the id of the run that did not start
             return wandb.init(
                 project="algpt2", dir=save_dir, id=run["wandb_id"], name=save_dir.name,
                 resume="allow" if attempt == "online" else None, mode=attempt, tags=list(tags),
