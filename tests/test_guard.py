@@ -448,7 +448,7 @@ def test_a_run_with_skipped_steps_goes_on_in_the_other_framework(monkeypatch, so
 
 
 POISONED_PROCESS = """
-import math, sys
+import math, torch
 import train_pt
 from algpt2 import errors, guard, training_pt
 guard.MIN_STEPS = 4
@@ -458,11 +458,20 @@ def remember(trainer):
     trainers.append(trainer)
     init(trainer)
 def bad(model, rows, device):
-    # The batch is bad in the rows of process 0 alone.
-    wrong = trainers[-1].step in (5, 8) and trainers[-1].processes.rank == 0
-    return whole(model, rows, device) * ({5: 80.0, 8: math.nan}[trainers[-1].step] if wrong else 1)
+    # The batch is bad on process 0 alone, and at first in its loss alone: gradients are shared.
+    loss, step = whole(model, rows, device), trainers[-1].step
+    if trainers[-1].processes.rank == 0:
+        loss = {5: loss + 80.0, 8: loss * math.nan}.get(step, loss)
+    return loss
+def main(argv):
+    code = train_pt.main(argv)
+    for p in trainers[-1].model.parameters():
+        mine = p.detach().clone()
+        torch.distributed.broadcast(p.data, 0)
+        assert torch.equal(mine, p), "the processes have other weights"
+    return code
 training_pt.Trainer.__post_init__, training_pt.mean_loss = remember, bad
-errors.run_script(train_pt.main)
+errors.run_script(main)
 """
 
 
