@@ -50,7 +50,7 @@ class Slice:
     chip_config: str = ""  # v4: two cores of a chip as one
 
 
-# generation: (HBM of a replica in GiB, cores of the name in a replica, sizes, largest, chip_config);
+# generation: (HBM of a replica in GiB, cores of the name in a replica, sizes, largest, chip);
 # HBM from cloud.google.com/tpu/docs/v2 ... v6e
 _GENERATIONS: dict[str, tuple[int, int, dict[int, str], int, str]] = {
     "v2": (8, 1, _TORUS_CORES, 512, ""),

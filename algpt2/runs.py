@@ -1,12 +1,10 @@
 """What a run is before any framework comes in: its tokenizer, rows, length and description."""
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import math
 import secrets
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -369,21 +367,6 @@ def result_folder(model: ModelOptions) -> Path:
     if folder is None:
         return Path()
     return folder.parent if folder in checkpoint_folders(folder.parent) else folder
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory instead of handing each large tensor back to the kernel.
-
-    A small model's step on a CPU otherwise spends up to half its time in page faults of its
-    temporaries. No effect where the C library is not glibc.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_max = -1, -4
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def metrics_table(name: str, loss: float, totals: TextTotals) -> str:

@@ -35,7 +35,7 @@ FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 CHECKSUM = "sha256"  # key of the manifest's own, over all its other keys
 FEATURE = b"tokens"
-BLOCK_BYTES = 1 << 24  # of records assembled in memory at a time
+BLOCK_BYTES = 1 << 20  # of records assembled in memory at a time
 OPEN_SHARDS = 256  # memory maps held at a time: each holds a file descriptor
 
 T = TypeVar("T")

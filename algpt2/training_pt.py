@@ -38,8 +38,9 @@ from .guard import Hint, StepGuard, check_finite
 from .loop import Hooks, run_loop, step_lr_factor
 from .modeling_algpt2 import ALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TrainOptions
+from .parallel import keep_freed_memory
 from .report import RunReport, log
-from .runs import check_model_fits, keep_freed_memory, peak_lr, starts_from_weights, text_totals
+from .runs import check_model_fits, peak_lr, starts_from_weights, text_totals
 from .sampling_pt import sample_texts
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer

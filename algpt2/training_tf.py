@@ -37,8 +37,9 @@ from .guard import MIN_STEPS, Hint, StepGuard, check_finite
 from .loop import Hooks, run_loop, step_lr_factor
 from .modeling_tf_algpt2 import TFALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TFTrainOptions
+from .parallel import keep_freed_memory
 from .report import RunReport, log, process_index
-from .runs import check_model_fits, keep_freed_memory, peak_lr, text_totals
+from .runs import check_model_fits, peak_lr, text_totals
 from .sampling_tf import sample_texts
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer
