@@ -277,7 +277,7 @@ def test_the_run_after_a_skip_is_the_run_without_that_update(framework, monkeypa
 
 def test_calls_of_several_steps_skip_what_single_steps_skip(monkeypatch, soon):
     counts, factors = [], {5: 80.0, 6: math.nan, 9: 80.0}
-    for steps_per_call in (1, 4):
+    for steps_per_call in (1, 11):
         with monkeypatch.context() as patch:
             trainer = make("tf", skip_outliers=6.0, steps_per_call=steps_per_call)
             poison(trainer, patch, factors)
@@ -606,7 +606,9 @@ def test_a_wandb_that_hangs_holds_up_nothing(slow, tmp_path, monkeypatch, capsys
     assert "did not finish in 0.2 s and is left behind" in printed
     assert "of 50 calls 40 were dropped, 0 failed" in printed
     assert errors._left == [True]
-    assert write(tmp_path, n=20) < 0.2  # stopped before its last step: less patience
+    start_s = time.monotonic()
+    assert write(tmp_path, n=5) < 0.2  # stopped before its last step: less patience
+    assert 0.1 < time.monotonic() - start_s < 2
     assert "did not finish in 0.1 s" in capsys.readouterr().out
     module.gate.set()
 
