@@ -60,28 +60,25 @@ def assert_same(a, b):
 
 
 def poison(trainer, monkeypatch, factors):
-    """Multiply the loss of each step (from 0) by `factors[step]`, gradient included."""
+    """Multiply the loss of each step (from 0) by `factors[step]`, gradient included; of a pair
+    the second factor is of the loss alone, added."""
     module = training_pt if isinstance(trainer, training_pt.Trainer) else training_tf
     whole = module.mean_loss
+    pairs = {step: f if isinstance(f, tuple) else (f, 0.0) for step, f in factors.items()}
 
-    if module is training_pt:
+    def bad_loss_pt(model, rows, device):
+        loss, (both, alone) = whole(model, rows, device), pairs.get(trainer.step, (1.0, 0.0))
+        return loss * both + loss.detach() * alone
 
-        def bad_loss(model, rows, device):
-            return whole(model, rows, device) * factors.get(trainer.step, 1.0)
-
-        monkeypatch.setattr(training_pt, "mean_loss", bad_loss)
-        return
-    seeds = {tuple(training_tf.step_seed(42, step)): factor for step, factor in factors.items()}
-
-    def bad_loss(model, rows, seed):
-        factor = tf.constant(1.0)
-        for known, value in seeds.items():
+    def bad_loss_tf(model, rows, seed):
+        loss, pair = whole(model, rows, seed), tf.constant([1.0, 0.0])
+        for step, value in pairs.items():
             # A step is known by its seed: several are taken in one compiled call.
-            step_seed = training_tf._fold(tf.constant(known), 0)
-            factor = tf.where(tf.reduce_all(seed == step_seed), value, factor)
-        return whole(model, rows, seed) * factor
+            step_seed = training_tf._fold(training_tf.step_seed(42, step), 0)
+            pair = tf.where(tf.reduce_all(seed == step_seed), value, pair)
+        return loss * pair[0] + tf.stop_gradient(loss) * pair[1]
 
-    monkeypatch.setattr(training_tf, "mean_loss", bad_loss)
+    monkeypatch.setattr(module, "mean_loss", bad_loss_pt if module is training_pt else bad_loss_tf)
 
 
 def make(framework, **flags):
@@ -232,7 +229,8 @@ def test_limits_are_mean_and_standard_deviations_of_the_last_updates():
         assert not StepGuard(z=3.0).accepts(bad, 1.0)  # from the first step on
 
 
-KINDS = {"AdamW": 100.0, "Adafactor": math.nan, "Muon": math.inf, "SGD": 100.0}
+# An outlier in the loss alone, in the gradient alone, and numbers that are none.
+KINDS = {"AdamW": (1.0, 20.0), "SGD": (100.0, -99.0), "Adafactor": math.nan, "Muon": math.inf}
 
 
 @pytest.mark.parametrize("optimizer", KINDS)
