@@ -40,7 +40,7 @@ from .modeling_algpt2 import ALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TrainOptions
 from .parallel import keep_freed_memory
 from .report import RunReport, log
-from .runs import check_model_fits, peak_lr, starts_from_weights, text_totals
+from .runs import check_model_fits, peak_lr, text_totals
 from .sampling_pt import sample_texts
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer
@@ -496,15 +496,6 @@ def validate(trainer: Trainer, rows: PackedRows, n_rows: int | None = None) -> d
     batch_size = trainer.options.optim.batch_size
     loss = evaluate(trainer.model, rows, trainer.processes, batch_size, n_rows)
     return text_metrics(loss, text_totals(rows.manifest))
-
-
-def measure_start(trainer: Trainer, rows: PackedRows, run: dict[str, Any]) -> dict[str, Any]:
-    """`before` for run.json: the validation metrics of the weights that a new run starts from."""
-    is_new = trainer.step == 0 and "before" not in run
-    if not is_new or not starts_from_weights(trainer.options.model):
-        return {}
-    log("evaluating the weights that training starts from")
-    return {"before": validate(trainer, rows)}
 
 
 # --- checkpoints ---------------------------------------------------------------------------------

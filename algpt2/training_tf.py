@@ -208,6 +208,11 @@ def build_model(
         if tokenizer is not None:
             exact = not options.checkpoint
             check_model_fits(config.to_dict(), tokenizer, seq_len, exact=exact)
+            if tokenizer.vocab_size > config.vocab_size:
+                raise UserError(
+                    f"--control_codes: {tokenizer.n_new_codes} are new to {source}: expected codes "
+                    "that it has; train_pt.py adds new ones, and its run continues here"
+                )
         if options.checkpoint and not options.from_scratch:
             model = TFALGPT2LMHeadModel.from_pretrained(source, dtype=dtype)
         else:
@@ -327,7 +332,8 @@ def build_step(
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         context = tf.distribute.get_replica_context()
         seed = _fold(seed, context.replica_id_in_sync_group)
-        loss, grads = _accumulate(gradients, rows, seed)
+        shapes = [variable.shape for variable in model.trainable_variables]
+        loss, grads = _accumulate(gradients, rows, seed, shapes)
         loss, *grads = context.all_reduce(tf.distribute.ReduceOp.MEAN, [loss, *grads])
         norm = tf.linalg.global_norm(grads)
         ok = ok & tf.math.is_finite(loss) & tf.math.is_finite(norm)
@@ -346,9 +352,9 @@ def _fold(seed: tf.Tensor, value: Any) -> tf.Tensor:
 
 
 def _accumulate(
-    gradients: Callable[..., Any], rows: tf.Tensor, seed: tf.Tensor
+    gradients: Callable[..., Any], rows: tf.Tensor, seed: tf.Tensor, shapes: list[Any]
 ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-    """Mean loss and gradients over the forward passes rows[0], rows[1] ..."""
+    """Mean loss and gradients (of `shapes`) over the forward passes rows[0], rows[1] ..."""
     n = rows.shape[0]
     if n == 1:
         return gradients(rows[0], seed)
@@ -357,9 +363,9 @@ def _accumulate(
         more, grads = gradients(rows[i], _fold(seed, i))
         return i + 1, loss + more / n, [a + b / n for a, b in zip(sums, grads, strict=True)]
 
-    first, grads = gradients(rows[0], seed)
-    start = (tf.constant(1), first / n, [gradient / n for gradient in grads])
-    _, loss, sums = tf.while_loop(lambda i, *_: i < n, body, start, maximum_iterations=n - 1)
+    # From zero on, so that the program holds the model once.
+    start = (tf.constant(0), tf.zeros([]), [tf.zeros(shape) for shape in shapes])
+    _, loss, sums = tf.while_loop(lambda i, *_: i < n, body, start, maximum_iterations=n)
     return loss, sums
 
 
@@ -639,6 +645,13 @@ def evaluate(
     return total / len(ids)
 
 
+def validate(trainer: Trainer, rows: PackedRows, n_rows: int | None = None) -> dict[str, float]:
+    """`val_loss` and what follows from it, of the model as it is now."""
+    batch_size = trainer.options.optim.batch_size
+    loss = evaluate(trainer.model, rows, trainer.processes, batch_size, n_rows)
+    return text_metrics(loss, text_totals(rows.manifest))
+
+
 @functools.lru_cache(maxsize=1)
 def _eval_step(model: TFALGPT2LMHeadModel, strategy: tf.distribute.Strategy) -> Callable[..., Any]:
     """Weighted sum of the mean losses of rows (B, T + 1) over all replicas."""
@@ -726,25 +739,23 @@ def make_hooks(
         seen.update(elapsed_s=trainer.elapsed_s, wait_s=trainer.inputs.wait_s)
         run_report.metrics(line | {"input_wait": waited})
 
-    def validate(last: bool) -> dict[str, float]:
-        n_rows = None if last else options.data.n_eval_rows
-        batch_size = options.optim.batch_size
-        loss = evaluate(model, val_rows, trainer.processes, batch_size, n_rows)
-        return text_metrics(loss, text_totals(val_rows.manifest))
+    def evaluate_now(last: bool) -> dict[str, float]:
+        return validate(trainer, val_rows, None if last else options.data.n_eval_rows)
 
     def save() -> None:
         save_state(trainer, tokenizer, {key: run[key] for key in ("options", "data", "versions")})
 
     def sample() -> None:
         if trainer.processes.rank == 0 and tokenizer is not None:
-            texts = sample_texts(model, tokenizer, options.sample, options.optim.seed)
+            code = (options.data.control_codes or (None,))[0]
+            texts = sample_texts(model, tokenizer, options.sample, options.optim.seed, code=code)
             run_report.samples(trainer.step, options.sample.prompt, texts)
 
     def histograms() -> None:
         parameters = model.named_parameters().items()
         run_report.histograms(trainer.step, {f"weights/{n}": v.numpy() for n, v in parameters})
 
-    return Hooks(tick, write, validate, save, sample, histograms)
+    return Hooks(tick, write, evaluate_now, save, sample, histograms)
 
 
 def fit(trainer: Trainer, hooks: Hooks) -> bool:
