@@ -381,7 +381,9 @@ def foreign_things() -> Iterator[Fault]:
     for name in ("notes.txt", "checkpoint-4", "checkpoint-00000004.bak", "model.safetensors", "x" * 255,
                  "line\nend", "caf\udce9", "checkpoint-000000000004", "checkpoint-٠٠٠٠٠٠٠٩"):  # fmt: skip
         for what in ("a file", "an empty folder"):
-            yield Fault("foreign", f"{name[:24]!r} is {what}", at(name, FOREIGN[what]), "checkpoint")
+            yield Fault(
+                "foreign", f"{name[:24]!r} is {what}", at(name, FOREIGN[what]), "checkpoint"
+            )
     for name in ("pytorch_model.bin", "adapter_config.json", "model.safetensors.index.json",
                  "tf_model.h5", "generation_config.json.bak", "vocab.txt"):  # fmt: skip
         yield Fault("foreign", f"{name} in the newest", at(f"{NEWEST}/{name}", FOREIGN["a file"]),
@@ -476,7 +478,8 @@ def main() -> None:
         return
     rows = run(given.short, given.seed)
     for row in rows:
-        print(f"{row['what']:44} {row['injected']:5} {row['survived']:5} {row['lost']:3}  {row['note']}")
+        columns = f"{row['what']:44} {row['injected']:5} {row['survived']:5} {row['lost']:3}"
+        print(f"{columns}  {row['note']}")
     lost = sum(row["lost"] for row in rows)
     print(f"{sum(row['injected'] for row in rows)} faults, {lost} lost")
     sys.exit(1 if lost else 0)
