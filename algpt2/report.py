@@ -376,7 +376,8 @@ def _without_links(path: str, flags: int) -> int:
 
 
 def _keep_lines_until(path: Path, step: int) -> None:
-    """Drop the lines of later steps; what the checkpoint of `step` knows of the others is checked."""
+    """Drop the lines of later steps; warn if the others are not what the checkpoint of `step`
+    knows of them."""
     lines = read_json_lines(path)
     kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
     if path.exists():

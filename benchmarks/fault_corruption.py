@@ -33,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from algpt2.errors import UserError, describe
+from algpt2.errors import UserError, describe  # noqa: E402  (after the path)
 
 STEPS, STOPPED_AT, NEWEST, OLDER = 6, 4, "checkpoint-00000004", "checkpoint-00000003"
 LAST = f"checkpoint-{STEPS:08}"
@@ -244,9 +244,9 @@ def remove(path: Path, draw: random.Random) -> None:
 
 
 DAMAGES: dict[str, Damage] = {
-    **{f"flipped bit {i + 1}": flip for i in range(N_FLIPS)}, "cut off": cut, "garbage behind": append,
-    "zeros inside": garble, "a folder instead": replace_by_folder, "a link instead": replace_by_link,
-    "a pipe instead": replace_by_pipe, "empty": empty, "missing": remove,
+    **{f"flipped bit {i + 1}": flip for i in range(N_FLIPS)}, "cut off": cut,
+    "garbage behind": append, "zeros inside": garble, "a folder instead": replace_by_folder,
+    "a link instead": replace_by_link, "a pipe instead": replace_by_pipe, "empty": empty, "missing": remove,
 }  # fmt: skip
 
 
@@ -378,12 +378,10 @@ def foreign_things() -> Iterator[Fault]:
     for name in (".checkpoint-00000005.partial", ".run.json.partial", ".metrics.jsonl.partial"):
         for what, make in FOREIGN.items():
             yield Fault("foreign", f"{name} is {what}", at(name, make), "run")
-    for name in ("notes.txt", "checkpoint-4", "checkpoint-00000004.bak", "model.safetensors", "x" * 255,
-                 "line\nend", "caf\udce9", "checkpoint-000000000004", "checkpoint-٠٠٠٠٠٠٠٩"):  # fmt: skip
+    for name in OTHER_NAMES:
         for what in ("a file", "an empty folder"):
-            yield Fault(
-                "foreign", f"{name[:24]!r} is {what}", at(name, FOREIGN[what]), "checkpoint"
-            )
+            make = at(name, FOREIGN[what])
+            yield Fault("foreign", f"{name[:24]!r} is {what}", make, "checkpoint")
     for name in ("pytorch_model.bin", "adapter_config.json", "model.safetensors.index.json",
                  "tf_model.h5", "generation_config.json.bak", "vocab.txt"):  # fmt: skip
         yield Fault("foreign", f"{name} in the newest", at(f"{NEWEST}/{name}", FOREIGN["a file"]),
@@ -401,6 +399,10 @@ def _link_elsewhere(path: Path, draw: random.Random) -> None:
     path.symlink_to(elsewhere)
 
 
+OTHER_NAMES = (
+    "notes.txt", "checkpoint-4", "checkpoint-00000004.bak", "model.safetensors", "x" * 255,
+    "line\nend", "caf\udce9", "checkpoint-000000000004", "checkpoint-\u0660" + "\u0660" * 7,
+)  # fmt: skip
 FOREIGN: dict[str, Damage] = {
     "a file": lambda path, draw: path.write_bytes(draw.randbytes(100)),
     "an empty folder": lambda path, draw: path.mkdir(),
