@@ -246,7 +246,8 @@ def remove(path: Path, draw: random.Random) -> None:
 DAMAGES: dict[str, Damage] = {
     **{f"flipped bit {i + 1}": flip for i in range(N_FLIPS)}, "cut off": cut,
     "garbage behind": append, "zeros inside": garble, "a folder instead": replace_by_folder,
-    "a link instead": replace_by_link, "a pipe instead": replace_by_pipe, "empty": empty, "missing": remove,
+    "a link instead": replace_by_link, "a pipe instead": replace_by_pipe, "empty": empty,
+    "missing": remove,
 }  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def test_no_complete_checkpoint_among_damaged_ones_is_an_error(run):
     assert newest_checkpoint(run / "checkpoint-00000001") is None
     for folder in checkpoint_folders(run):
         (folder / "weights.bin").unlink()
-    with pytest.raises(UserError, match="no complete checkpoint in .*, 3 damaged"):
+    with pytest.raises(UserError, match=r"no complete checkpoint in .*, 3 damaged"):
         newest_checkpoint(run, lambda message: None)
     with pytest.raises(UserError, match="no complete checkpoint"):
         find_checkpoint(run, lambda message: None)
