@@ -262,8 +262,8 @@ def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, 
         others = sorted(p.name for p in save_dir.iterdir() if not p.name.startswith("."))
         if others:
             raise UserError(
-                f"save_dir {save_dir} holds other files ({', '.join(others[:3])}): expected an "
-                "empty folder or a run; choose another --save_dir"
+                f"save_dir {save_dir} holds other files ({', '.join(others[:3])}) and no {RUN_FILE}: "
+                "expected an empty folder or a run; choose another --save_dir"
             )
         return {**run, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     before = read_record(path, required=False)
