@@ -52,7 +52,6 @@ class Slice:
     def rows_per_core(self, batch_size: int) -> int:
         """Rows of one core of the batch of all.
 
-<<<<<<< HEAD
         Raises:
             UserError: the batch does not divide.
         """
@@ -66,10 +65,6 @@ class Slice:
 
 # generation: (HBM of a replica in GiB, cores of the name in a replica, sizes, largest,
 # chip_config); HBM from cloud.google.com/tpu/docs/v2 ... v6e
-=======
-# generation: (HBM of a replica in GiB, cores of the name in a replica, sizes, largest, chip);
-# HBM from cloud.google.com/tpu/docs/v2 ... v6e
->>>>>>> main
 _GENERATIONS: dict[str, tuple[int, int, dict[int, str], int, str]] = {
     "v2": (8, 1, _TORUS_CORES, 512, ""),
     "v3": (16, 1, _TORUS_CORES, 2048, ""),

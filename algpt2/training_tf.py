@@ -39,7 +39,7 @@ from .modeling_tf_algpt2 import TFALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TFTrainOptions
 from .parallel import keep_freed_memory
 from .report import RunReport, log, process_index
-from .runs import check_model_fits, peak_lr, text_totals
+from .runs import check_memory, check_model_fits, peak_lr, text_totals
 from .sampling_tf import sample_texts
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer
@@ -205,6 +205,7 @@ def build_model(
         source = find_checkpoint(Path(source), log)
     try:
         config = ALGPT2Config.from_pretrained(source)
+        check_memory(config.stored_parameters())
         if tokenizer is not None:
             exact = not options.checkpoint
             check_model_fits(config.to_dict(), tokenizer, seq_len, exact=exact)
@@ -219,8 +220,9 @@ def build_model(
             model = TFALGPT2LMHeadModel(config, dtype=dtype, seed=seed)
     except UserError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot load a GPT-2 or ALGPT2 from {source}: {error}") from error
+    except Exception as error:  # a damaged file can make transformers raise anything
+        reason = describe(error)[:500]
+        raise UserError(f"cannot load a GPT-2 or ALGPT2 from {source}: {reason}") from error
     model.transformer.gradient_checkpointing = options.gradient_checkpointing
     return model
 
@@ -285,6 +287,11 @@ def load_state_tensors(
             if variables[i] is not None:
                 if key not in left:
                     raise UserError(f"the optimizer state is of another optimizer: it has no {key}")
+                if tensors[key].shape != tuple(variables[i].shape):
+                    raise UserError(
+                        f"the optimizer state is of another model: {key} is of shape "
+                        f"{tensors[key].shape}, expected {tuple(variables[i].shape)}"
+                    )
                 variables[i].assign(tensors[key])
                 left.remove(key)
     if left:
@@ -706,16 +713,24 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer | None, state: dict[st
                 f"cannot write the checkpoint of step {trainer.step} in {kept.save_dir} "
                 f"({describe(error)}); earlier ones are whole, the same command continues from them"
             ) from error
-        prune_checkpoints(Path(kept.save_dir), kept.keep_last, kept.milestone_steps)
+        prune_checkpoints(Path(kept.save_dir), kept.keep_last, kept.milestone_steps, trainer.step)
     trainer.processes.barrier()
 
 
 def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Optimizer state and step of a checkpoint (the model was built from it already)."""
-    tensors = load_file(checkpoint.folder / OPTIMIZER_FILE)
+    """Optimizer state, step and outlier statistics of a checkpoint (the model was built from it).
+
+    Raises:
+        UserError: the state is not one of this model and optimizer.
+    """
+    try:
+        tensors = load_file(checkpoint.folder / OPTIMIZER_FILE)
+        trainer.step, trainer.elapsed_s = checkpoint.step, float(checkpoint.state["elapsed_s"])
+        trainer.guard.load(checkpoint.state.get("outliers", {}))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {describe(error)}"
+        raise UserError(f"{checkpoint.folder} is damaged ({reason})") from error
     load_state_tensors(trainer.model, trainer.optimizer, tensors, checkpoint.step)
-    trainer.step, trainer.elapsed_s = checkpoint.step, checkpoint.state["elapsed_s"]
-    trainer.guard.load(checkpoint.state.get("outliers", {}))
 
 
 # --- the run -------------------------------------------------------------------------------------
