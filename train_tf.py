@@ -43,7 +43,7 @@ def train(options: TFTrainOptions) -> int | None:
 
     # 2. The run: new, or the continuation of the one in save_dir
     n_steps = runs.count_steps(options.optim, len(rows), seq_len)
-    run = runs.describe_run(options, rows.manifest, val_rows.manifest, n_steps)
+    run = runs.describe_run(options, rows, val_rows, n_steps)
     save_dir = Path(options.report.save_dir)
     with report.locked(save_dir):
         run, checkpoint = training_tf.open_run(save_dir, run, options.overwrite, processes)

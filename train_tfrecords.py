@@ -52,7 +52,7 @@ def train(flags: TFRecordOptions) -> int | None:
     if n_rows != shards.manifest.n_rows:
         report.log(f"--train_len {n_rows:,}: the shards hold {shards.manifest.n_rows:,} rows")
     n_steps = runs.count_steps(options.optim, n_rows, inputs.seq_len)
-    run = runs.describe_run(options, shards.manifest, val_shards.manifest, n_steps)
+    run = runs.describe_run(options, shards, val_shards, n_steps)
     save_dir = Path(flags.save_dir)
     with report.locked(save_dir):
         run, checkpoint = training_tf.open_run(save_dir, run, options.overwrite, processes)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import model_card
-from .checkpoints import write_json
+from .checkpoints import write_json, write_text
 from .corpus import CorpusReport, documents
 from .detokenizers import DETOKENIZERS
 from .errors import UserError
@@ -431,7 +431,7 @@ class ResultFiles:
         self._add(evaluation)
         evaluations = [*self.evaluations.values()]
         write_json(self.json_path, {"evaluations": [asdict(one) for one in evaluations]})
-        self.markdown_path.write_text(markdown(evaluations), encoding="utf-8")
+        write_text(self.markdown_path, markdown(evaluations))
 
 
 def evaluate_all(
