@@ -1,5 +1,6 @@
 """The training step of training_tf.py as the program that one core of a TPU slice would run."""
 
+import warnings
 from typing import Any
 
 import tensorflow as tf
@@ -89,4 +90,9 @@ class StepProgram:
             tf.TensorSpec([], tf.bool),
         ]
         lower = self._step.experimental_get_compiler_ir(*specs)
-        return lower(stage="hlo_serialized", platform_name="CPU")  # not for a GPU that is here
+        # Not for a GPU that happens to be here; without a name, or with a platform_name as the
+        # warning wants, TensorFlow draws a random number, an error where ops are deterministic.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            device = tf.config.list_logical_devices("CPU")[0].name
+            return lower(stage="hlo_serialized", device_name=device)
