@@ -7,13 +7,14 @@
 
 A folder counts only when `training_state.json` is there and every file it lists has the size and
 the sha256 that it lists (README.md, for people, is not listed). Folders are filled under a hidden
-name and renamed.
+name and renamed. JSON that has to be believed carries a checksum of itself: `write_record`.
 """
 
 import hashlib
 import json
 import os
 import re
+import reprlib
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,12 @@ from typing import Any
 from .errors import UserError
 
 STATE_FILE, CARD_FILE = "training_state.json", "README.md"
-FORMAT_VERSION = 1
-_FOLDER = re.compile(r"checkpoint-(\d{8,})")
+FORMAT_VERSION = 2  # 1 had no checksum of the marker itself
+CHECKSUM = "sha256"  # key of a record's own, over all its other keys
+# Of a run, one line behind the other: a checkpoint knows the bytes that they had.
+LINE_FILES = ("metrics.jsonl", "samples.jsonl")
+MAX_STEP = 2**62
+_FOLDER = re.compile(r"checkpoint-(\d{8,})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -55,15 +60,18 @@ def write_checkpoint(
     partial = save_dir / f".{folder.name}.partial"
     from .model_card import complete_checkpoint  # which reads what the report writes
 
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     try:
         partial.mkdir(parents=True)
         fill(partial)
         complete_checkpoint(partial, save_dir, step)
         paths = [path for path in sorted(partial.iterdir()) if path.name != CARD_FILE]
         files = {path.name: _describe(path) for path in paths}
+        lines = {
+            name: _describe(save_dir / name) for name in LINE_FILES if (save_dir / name).exists()
+        }
         record = {"format_version": FORMAT_VERSION, "step": step, **state, "files": files}
-        write_json(partial / STATE_FILE, record)
+        write_record(partial / STATE_FILE, record | {"lines": lines})
         if folder.exists():  # incomplete, or this step would not be written again
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -75,12 +83,22 @@ def write_checkpoint(
 
 
 def newest_checkpoint(save_dir: Path, warn: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest complete checkpoint of a run, or None; each newer, broken one is named."""
-    for folder in reversed(checkpoint_folders(save_dir)):
+    """The newest complete checkpoint of a run, or None; each newer, broken one is named.
+
+    Raises:
+        UserError: there are checkpoints and all of them are broken.
+    """
+    folders = checkpoint_folders(save_dir)
+    for folder in reversed(folders):
         try:
             return read_checkpoint(folder)
         except UserError as error:
             warn(f"warning: {error}; looking for an older checkpoint")
+    if folders:
+        raise UserError(
+            f"no complete checkpoint in {save_dir}, {len(folders)} damaged: bring one back, "
+            "choose another --save_dir, or --overwrite to start anew"
+        )
     return None
 
 
@@ -88,22 +106,31 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, every checksum verified.
 
     Raises:
-        UserError: marker missing or unreadable, or a file missing, cut or changed: names it.
+        UserError: marker missing or damaged, a file missing, cut or changed, or a folder whose
+            name is that of another step: names it.
     """
     marker = folder / STATE_FILE
+    if not is_plain_file(marker):
+        raise UserError(f"{folder} is incomplete: it has no {STATE_FILE}")
+    state = read_record(marker, required=False)
+    version = state.get("format_version")
+    if version not in (1, FORMAT_VERSION) or (version != 1 and CHECKSUM not in state):
+        raise UserError(
+            f"{marker} is damaged or of a newer version of ALGPT2: format_version "
+            f"{reprlib.repr(version)}, expected {FORMAT_VERSION} and a {CHECKSUM}"
+        )
     try:
-        state = json.loads(marker.read_text(encoding="utf-8"))
-        step, files = state["step"], dict(state["files"])
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except FileNotFoundError:
-        raise UserError(f"{folder} is incomplete: it has no {STATE_FILE}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{marker} is damaged") from None
-    if type(step) is not int or step < 0:
-        raise UserError(f"{marker} is damaged: step {step!r}")
+        step, expected = state["step"], _expected(state["files"])
+        _expected(state.get("lines", {}))
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{marker} is damaged: expected step and files") from None
+    if type(step) is not int or not 0 <= step < MAX_STEP or not expected:
+        raise UserError(f"{marker} is damaged: step {reprlib.repr(step)}, {len(expected)} files")
+    if _FOLDER.fullmatch(folder.name) and folder.name != f"checkpoint-{step:08d}":
+        raise UserError(f"{folder} is not what its name says: it holds step {step}")
     for name, (n_bytes, digest) in expected.items():
         path = folder / name
-        if Path(name).name != name or path.is_symlink() or not path.is_file():
+        if Path(name).name != name or "\0" in name or not is_plain_file(path):
             raise UserError(f"{folder} is incomplete: {name} is missing")
         if path.stat().st_size != n_bytes or _sha256(path) != digest:
             raise UserError(f"{path} is damaged: its checksum is not that of {STATE_FILE}")
@@ -142,6 +169,11 @@ def find_config_folder(name: str) -> Path:
     )
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """True for a name like checkpoint-00001000."""
+    return _FOLDER.fullmatch(name) is not None
+
+
 def checkpoint_folders(save_dir: Path) -> list[Path]:
     """Folders named like checkpoints, oldest first, complete or not."""
     if not save_dir.is_dir():
@@ -150,21 +182,84 @@ def checkpoint_folders(save_dir: Path) -> list[Path]:
     return sorted(found, key=_step_of)
 
 
-def prune_checkpoints(save_dir: Path, keep_last: int, milestone_steps: int | None) -> None:
-    """Remove all but the newest `keep_last` and every multiple of `milestone_steps`."""
-    for folder in checkpoint_folders(save_dir)[:-keep_last]:
+def prune_checkpoints(
+    save_dir: Path, keep_last: int, milestone_steps: int | None, step: int
+) -> None:
+    """Remove all but the newest `keep_last` and every multiple of `milestone_steps`.
+
+    Args:
+        step: of the checkpoint just written. What claims to be newer is not of this run, and what
+            has no marker is no checkpoint: neither is removed, or counted among the kept.
+    """
+    own = [
+        folder for folder in checkpoint_folders(save_dir)
+        if _step_of(folder) <= step and is_plain_file(folder / STATE_FILE)
+    ]  # fmt: skip
+    for folder in own[:-keep_last]:
         if not milestone_steps or _step_of(folder) % milestone_steps:
             shutil.rmtree(folder)
 
 
+# --- files that are there whole or not at all ----------------------------------------------------
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that `path` is there whole or not at all, also after a power cut."""
+    write_text(path, json_text(value))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text so that `path` is there whole or not at all; a link there is replaced."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json_text(value))
+    remove(partial)  # of a killed process; or a link, which would be written through
+    with partial.open("x", encoding="utf-8") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def write_record(path: Path, content: dict[str, Any]) -> None:
+    """`write_json` of an object, with a checksum of itself in it."""
+    write_json(path, content | {CHECKSUM: content_sha256(content)})
+
+
+def read_record(path: Path, *, required: bool = True) -> dict[str, Any]:
+    """What `write_record` wrote, its checksum verified and still in it.
+
+    Args:
+        required: the checksum; else a record of earlier versions may lack it.
+    Raises:
+        UserError: not a JSON object, or its checksum is not that of its content.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        others = {key: value for key, value in content.items() if key != CHECKSUM}
+        expected = content_sha256(others)
+    except (ValueError, AttributeError, RecursionError):
+        raise UserError(f"{path} is damaged: it is not a JSON object") from None
+    if content.get(CHECKSUM, None if required else expected) != expected:
+        raise UserError(f"{path} is damaged: its {CHECKSUM} is not that of its content")
+    return content
+
+
+def content_sha256(content: dict[str, Any]) -> str:
+    """The sha256 of an object, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def is_plain_file(path: Path) -> bool:
+    """True for a regular file; a link to one is none."""
+    return path.is_file() and not path.is_symlink()
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that it holds, or a link (never what it leads to)."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def json_text(value: Any) -> str:
@@ -192,9 +287,22 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("checkpoint-"))
 
 
+def _expected(files: dict[str, dict[str, Any]]) -> dict[str, tuple[int, str]]:
+    """Bytes and sha256 of each file that a marker lists; `ValueError` and the like if damaged."""
+    found = {name: (entry["bytes"], entry["sha256"]) for name, entry in dict(files).items()}
+    if any(type(n) is not int or type(digest) is not str for n, digest in found.values()):
+        raise ValueError
+    return found
+
+
 def _describe(path: Path) -> dict[str, Any]:
     _sync(path)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return dict(zip(("bytes", "sha256"), describe_file(path), strict=True))
+
+
+def describe_file(path: Path) -> tuple[int, str]:
+    """Size in bytes and sha256."""
+    return path.stat().st_size, _sha256(path)
 
 
 def _sha256(path: Path) -> str:

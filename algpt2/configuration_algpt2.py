@@ -17,6 +17,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GPT2Config
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
+MAX_LAYERS, MAX_SIZE = 10_000, 2**40  # beyond them a configuration is damaged, or a trap
+
 # Names in weight files. Those of the original have one block and no index:
 # transformer.h.ln_1.weight. Older GPT-2 files hold causal masks as buffers.
 UNINDEXED = r"(ln_1|attn|ln_2|mlp)\."
@@ -90,6 +92,8 @@ class ALGPT2Config(GPT2Config):
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"expected {key} to be an integer above zero, got {value!r}")
+            if value > (limit := MAX_LAYERS if key == "n_layer" else MAX_SIZE):
+                raise ValueError(f"expected {key} of at most {limit:,}, got {value}")
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"expected n_embd to be a multiple of n_head, got n_embd={self.n_embd} and "

@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from transformers import GenerationConfig, GPT2Config
 
 from .checkpoints import STATE_FILE, find_checkpoint
+from .configuration_algpt2 import ALGPT2Config
 from .convert import Tensors, check_start, gpt2_config, gpt2_tensors, start_tensors
-from .errors import UserError
+from .errors import UserError, describe
 from .modeling_algpt2 import ALGPT2LMHeadModel
 from .report import log
+from .runs import check_memory
 from .tokenization_algpt2 import load_tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -32,9 +33,18 @@ def load_as_gpt2(source: str) -> tuple[GPT2Config, Tensors]:
     folder = find_checkpoint(Path(source), log) if Path(source).exists() else source
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = ALGPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load an ALGPT2 or GPT-2 from {folder}: {error}") from error
+        config = ALGPT2Config.from_pretrained(folder)
+        check_memory(config.stored_parameters())
+        model, found = ALGPT2LMHeadModel.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        if missing := sorted(found["missing_keys"]):
+            raise UserError(f"the weights in {folder} lack {missing[0]} ({len(missing)} in all)")
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can make transformers raise anything
+        reason = describe(error)[:500]
+        raise UserError(f"cannot load an ALGPT2 or GPT-2 from {folder}: {reason}") from error
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     return GPT2Config(**gpt2_config(model.config)), gpt2_tensors(model.config, tensors)
 

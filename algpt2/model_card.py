@@ -14,8 +14,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import CARD_FILE, STATE_FILE, checkpoint_folders, write_json
-from .errors import UserError
+from .checkpoints import (
+    CARD_FILE,
+    STATE_FILE,
+    checkpoint_folders,
+    read_record,
+    write_json,
+    write_text,
+)
+from .errors import UserError, describe
 from .options import ReportOptions
 from .report import METRICS_FILE, RUN_FILE, is_main_process, log, read_json_lines, send_table
 
@@ -42,7 +49,10 @@ def complete_checkpoint(folder: Path, save_dir: Path, step: int) -> None:
     """Add to a checkpoint that is being written what its readers elsewhere need."""
     add_model_code(folder)
     if (save_dir / RUN_FILE).is_file():
-        write_card(folder, save_dir, step)
+        try:
+            write_card(folder, save_dir, step)
+        except UserError as error:  # the checkpoint is worth more than its card
+            log(f"warning: no {CARD_FILE} with {folder.name}: {error}")
 
 
 def add_model_code(folder: Path) -> None:
@@ -53,7 +63,7 @@ def add_model_code(folder: Path) -> None:
         return
     for name in MODEL_FILES:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
-    write_json(path, config | {"auto_map": AUTO_MAP})
+    write_json(path, dict(sorted((config | {"auto_map": AUTO_MAP}).items())))
 
 
 # --- the card ------------------------------------------------------------------------------------
@@ -63,16 +73,23 @@ def write_card(folder: Path, save_dir: Path, step: int) -> None:
     """Write README.md into the checkpoint `folder` of the run in `save_dir`.
 
     A README.md that a person wrote or changed the head of is left alone.
+
+    Raises:
+        UserError: run.json or metrics.jsonl is damaged.
     """
     path = folder / CARD_FILE
-    if path.exists() and CARD_HEAD not in path.read_text(encoding="utf-8"):
+    if path.is_symlink() or (path.exists() and CARD_HEAD.encode() not in path.read_bytes()):
         return
-    run = json.loads((save_dir / RUN_FILE).read_text(encoding="utf-8"))
+    run = read_record(save_dir / RUN_FILE, required=False)
     lines = read_json_lines(save_dir / METRICS_FILE)
     validated = [x for x in lines if "val_loss" in x and x["step"] <= step][-1:]
-    measures = [*validation_measures(run, validated[0])] if validated else []
-    measures += evaluation_measures(save_dir / EVALUATION_FILE, f"checkpoint-{step:08d}")
-    path.write_text(card_text(save_dir.name, run, step, measures), encoding="utf-8")
+    try:
+        measures = [*validation_measures(run, validated[0])] if validated else []
+        measures += evaluation_measures(save_dir / EVALUATION_FILE, f"checkpoint-{step:08d}")
+        text = card_text(save_dir.name, run, step, measures)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{save_dir / RUN_FILE} is damaged: {describe(error)}") from error
+    write_text(path, text.encode(errors="replace").decode())  # of names that are not UTF-8
 
 
 def update_card(folder: Path) -> None:
@@ -112,7 +129,7 @@ def evaluation_measures(path: Path, checkpoint: str) -> list[list[str]]:
     """Rows (text, measure, value, unit) of what `--eval_only` measured on this checkpoint."""
     try:
         records = json.loads(path.read_text(encoding="utf-8"))["evaluations"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
     return [
         [f"{record['set']}, {record['text']}, context {record['context']}", measure["name"],

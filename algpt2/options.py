@@ -304,6 +304,11 @@ class TFTrainOptions(TrainOptions):
         check_positive(self, "n_devices", "steps_per_call")
         if self.optim.fp16 or self.optim.precision == "fp16":
             raise UserError("fp16 needs PyTorch (train_pt.py): expected --precision bf16 or fp32")
+        if self.model.init_from or self.model.init_blocks:
+            raise UserError(
+                "--init_from needs PyTorch: start with train_pt.py and stop it; expected here the "
+                "checkpoint that it leaves, --checkpoint RUN"
+            )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ With a validation split the shards lie in train/ and valid/, each with its manif
 
 import contextlib
 import functools
-import json
 import math
 import os
 import shutil
@@ -24,7 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoints import changed_options, write_json
+from .checkpoints import (
+    CHECKSUM,
+    changed_options,
+    describe_file,
+    read_record,
+    remove,
+    write_record,
+)
 from .corpus import (
     BrokenInput,
     CorpusReport,
@@ -289,9 +295,10 @@ def _choose_encoder(
 ) -> dict[str, Any]:
     """The encoder of this folder: chosen once, so that all tasks have the same."""
     path = work / "encoder.json"
-    if not path.exists():
-        write_json(path, choose_encoder(tokenizer, sample(tasks, reading)))
-    return json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(FileNotFoundError, UserError):  # a damaged one is chosen again
+        return read_record(path)["encoder"]
+    write_record(path, {"encoder": choose_encoder(tokenizer, sample(tasks, reading))})
+    return read_record(path)["encoder"]
 
 
 def _start_id(tokenizer: TextTokenizer, control_codes: Sequence[str] | None) -> int:
@@ -403,12 +410,12 @@ def _write_shard(work: Path, store: TokenStore, seq_len: int, task: tuple[Path, 
     """Write one shard, unless it is there and complete."""
     path, segments = task
     done = work / f"shard-{path.parent.name if path.parent != work.parent else ''}-{path.stem}.json"
-    if done.exists() and path.exists():
-        shard = Shard(**json.loads(done.read_text(encoding="utf-8")))
-        if path.stat().st_size == shard.bytes:
+    with contextlib.suppress(FileNotFoundError, UserError):  # not done, or damaged since: again
+        shard = Shard(**read_record(done)["shard"])
+        if describe_file(path) == (shard.bytes, shard.sha256):
             return shard
     shard = write_shard(path, StreamRows(store, segments, seq_len))
-    write_json(done, asdict(shard))
+    write_record(done, {"shard": asdict(shard)})
     return shard
 
 
@@ -476,7 +483,8 @@ def _finished(save_path: Path, plan: dict[str, Any]) -> Manifest | None:
 
 
 def _check_plan(save_path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    changes = changed_options(old, new, ignore=("sources", "tokenizer_sha256", "format_version"))
+    ignored = ("sources", "tokenizer_sha256", "format_version", CHECKSUM)
+    changes = changed_options(old, new, ignored)
     before, after = str(old.get("tokenizer_sha256")), new["tokenizer_sha256"]
     if before != after:
         changes.append(f"tokenizer: sha256 {before[:12]} -> {after[:12]}")
@@ -496,22 +504,23 @@ def _name_sources(sources: Any) -> str:
 
 
 def _read_plan(work: Path) -> dict[str, Any]:
-    path = work / PLAN_FILE
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{path} is damaged: pack again with --overwrite") from None
+        return read_record(work / PLAN_FILE, required=False)
+    except UserError as error:
+        raise UserError(f"{error}; pack again with --overwrite") from None
 
 
 def _open_work(save_path: Path, plan: dict[str, Any]) -> Path:
     work = save_path / WORK_FOLDER
     try:
+        if work.is_symlink():
+            raise UserError(f"{work} is a link: expected a folder; remove the link")
         work.mkdir(exist_ok=True)
-        write_json(work / PLAN_FILE, plan)
+        write_record(work / PLAN_FILE, plan)
     except OSError as error:
         raise UserError(f"cannot write to --save_path {save_path} ({describe(error)})") from None
     for path in save_path.rglob(".*.partial"):  # of a killed run
-        path.unlink()
+        remove(path)
     return work
 
 

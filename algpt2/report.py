@@ -4,12 +4,12 @@ The one place that knows process 0: of several processes the others print and wr
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +21,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .checkpoints import changed_options, write_json
+from .checkpoints import (
+    LINE_FILES,
+    STATE_FILE,
+    changed_options,
+    is_checkpoint_name,
+    read_record,
+    remove,
+    write_record,
+    write_text,
+)
 from .errors import UserError
 from .tracker import FINISH_S, STOP_S, UPLOAD_S, Tracker, choose_mode, start_wandb
 
@@ -30,8 +39,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
+METRICS_FILE, SAMPLES_FILE = LINE_FILES
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
+FILES_OF_RUN = {*LINE_FILES, RUN_FILE, LOCK_FILE, "evaluation.json", "evaluation.md"}
 
 PLAIN_SECONDS = 10.0  # between two progress lines in a log file
 
@@ -146,7 +156,7 @@ class RunReport:
             return
         for path in (self.metrics_path, self.samples_path):
             _keep_lines_until(path, step)
-        write_json(save_dir / RUN_FILE, run)
+        write_record(save_dir / RUN_FILE, run)
         self.tracker = _start_tracker(save_dir, run, report)
 
     def metrics(self, line: dict[str, float | None]) -> None:
@@ -222,7 +232,7 @@ def send_table(
     """A table for the W&B run of an earlier start in `save_dir`; nothing where W&B is off."""
     if not rows or not is_main_process():
         return
-    run = json.loads((save_dir / RUN_FILE).read_text(encoding="utf-8"))
+    run = read_record(save_dir / RUN_FILE, required=False)
     tracker = _start_tracker(save_dir, run, report)
     if tracker is None:
         return
@@ -255,25 +265,26 @@ def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, 
     """
     if overwrite and (save_dir / RUN_FILE).exists():
         for path in [path for path in save_dir.iterdir() if path.name != LOCK_FILE]:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            remove(path)
     path = save_dir / RUN_FILE
     run = json.loads(json.dumps(run))  # as it is read back: tuples are lists there
     if not path.exists():
         others = sorted(p.name for p in save_dir.iterdir() if not p.name.startswith("."))
         if others:
             raise UserError(
-                f"save_dir {save_dir} holds other files ({', '.join(others[:3])}): expected an "
-                "empty folder or a run; choose another --save_dir"
+                f"save_dir {save_dir} holds other files ({', '.join(others[:3])}) and no "
+                f"{RUN_FILE}: expected an empty folder or a run; choose another --save_dir"
             )
         return {**run, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    before = read_record(path, required=False)
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
         changes = changed_options(before["options"], run["options"], NOT_OF_THE_RUN)
-        changes += changed_options(before["data"], run["data"])
+        # What an earlier version did not record cannot have changed.
+        changes += changed_options(before["data"], run["data"], run["data"].keys() - before["data"])
         kept = {"created": before["created"], "wandb_id": before["wandb_id"]}
         kept |= {"before": before["before"]} if "before" in before else {}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path} is damaged: move it away, or choose another --save_dir") from None
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: expected options, data, created, wandb_id") from None
     if changes:
         raise UserError(
             f"save_dir {save_dir} holds another run ({'; '.join(changes[:6])}): repeat its command "
@@ -283,20 +294,38 @@ def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, 
 
 
 def append_json(path: Path, line: dict[str, Any]) -> None:
-    """Append one line of JSON in a single write."""
-    with path.open("a", encoding="utf-8") as file:
+    """Append one line of JSON in a single write; a link is not written through (`OSError`)."""
+    with open(path, "a", encoding="utf-8", opener=_without_links) as file:
         file.write(json.dumps(line) + "\n")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSON-lines file; a last line cut by a crash is left out."""
+    """The complete lines of metrics.jsonl or samples.jsonl; a last line cut by a crash is left out.
+
+    Raises:
+        UserError: a line is not a JSON object with a step and numbers (or text).
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError:
-        raise UserError(f"{path} is damaged: a line is not JSON") from None
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: it is not UTF-8") from None
+    return [_read_line(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _read_line(path: Path, number: int, text: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+        numbers = [float(value) for value in line.values() if not isinstance(value, str)]
+        if type(line["step"]) is int and line["step"] >= 0 and numbers:
+            return line
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        pass
+    raise UserError(
+        f"{path} is damaged: line {number} is no JSON object of a step and numbers; mend or remove "
+        "the line, or move the file away"
+    )
 
 
 def environment() -> dict[str, Any]:
@@ -321,7 +350,7 @@ def locked(save_dir: Path) -> Iterator[None]:
     """Make save_dir and hold it (process 0): two writers would destroy each other's run.
 
     Raises:
-        UserError: another process holds it, or it is a file.
+        UserError: another process holds it, it is a file, or a file in it is no file of a run.
     """
     if not is_main_process() or fcntl is None:
         yield
@@ -329,7 +358,8 @@ def locked(save_dir: Path) -> Iterator[None]:
     if save_dir.exists() and not save_dir.is_dir():
         raise UserError(f"save_dir {save_dir} is a file: expected a folder")
     save_dir.mkdir(parents=True, exist_ok=True)
-    with (save_dir / LOCK_FILE).open("w") as file:
+    check_entries(save_dir)
+    with open(save_dir / LOCK_FILE, "w", opener=_without_links) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -337,12 +367,42 @@ def locked(save_dir: Path) -> Iterator[None]:
         yield
 
 
+def check_entries(save_dir: Path) -> None:
+    """`UserError` if a link, pipe, folder or file in save_dir has a name that a run writes to, or
+    reads, as something else: nothing is written through a link."""
+    for path in sorted(save_dir.iterdir()):
+        is_folder = is_checkpoint_name(path.name)
+        if not is_folder and path.name not in FILES_OF_RUN:
+            continue
+        if path.is_symlink() or not (path.is_dir() if is_folder else path.is_file()):
+            raise UserError(
+                f"{path} is {'no folder' if is_folder else 'no file'}, or a link: expected one of "
+                "the run; move it away, or choose another --save_dir"
+            )
+
+
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def _keep_lines_until(path: Path, step: int) -> None:
+    """Drop the lines of later steps; warn if the others are not what the checkpoint of `step`
+    knows of them."""
+    lines = read_json_lines(path)
+    kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
     if path.exists():
-        kept = [json.dumps(line) + "\n" for line in read_json_lines(path) if line["step"] <= step]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, "".join(kept))
+    state_path = path.parent / f"checkpoint-{step:08d}" / STATE_FILE
+    known = {}
+    if state_path.is_file():
+        known = read_record(state_path, required=False).get("lines", {})
+    content = "".join(kept).encode()
+    if entry := known.get(path.name):
+        digest = hashlib.sha256(content[: entry["bytes"]]).hexdigest()
+        if digest != entry["sha256"]:
+            log(f"warning: {path} is not what it was at step {step}: lines were lost or changed")
+    if step == 0 and lines:
+        log(f"warning: {path} has {len(lines):,} lines and there is no checkpoint: starting anew")
 
 
 def _start_tracker(save_dir: Path, run: dict[str, Any], report: Any) -> Tracker | None:

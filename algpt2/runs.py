@@ -4,17 +4,21 @@ import contextlib
 import hashlib
 import json
 import math
+import os
+import reprlib
 import secrets
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from . import model_card
 from .checkpoints import checkpoint_folders, find_checkpoint, find_config_folder
 from .corpus import cache_dir, describe_sources
-from .errors import UserError
+from .errors import EXIT_STOPPED, UserError, describe
 from .evaluation import TextTotals, table, text_metrics
 from .options import DEFAULT_TOKENIZER, DataOptions, ModelOptions, OptimOptions, TrainOptions
 from .packing import pack
@@ -33,6 +37,7 @@ from .tokenization_algpt2 import TextTokenizer, load_tokenizer
 
 DEFAULT_CONFIG = "algpt2-tiny"
 LR_FROM_SCRATCH, LR_FINETUNE = 1e-3, 5e-5
+MAX_SIZE = 2**40  # of a vocabulary or context: beyond it a config.json is damaged
 
 
 def choose_tokenizer(data: DataOptions, model: ModelOptions) -> TextTokenizer:
@@ -78,6 +83,11 @@ def check_model_fits(
             f"the tokenizer has {n_ids:,} entries and the model {n_embeddings:,}: expected the "
             f"same; choose another --tokenizer, or train one with --vocab_size {n_embeddings}"
         )
+    check_rows_fit(seq_len, config)
+
+
+def check_rows_fit(seq_len: int | None, config: dict[str, Any]) -> None:
+    """`UserError` if a row is longer than the positions of the model of a config.json."""
     n_positions = context_of(config)
     if seq_len and n_positions and seq_len > n_positions:
         raise UserError(
@@ -86,16 +96,42 @@ def check_model_fits(
         )
 
 
+def check_memory(n_parameters: int) -> None:
+    """`UserError` if a model's weights alone, in float32, are more than the memory here."""
+    n_bytes, memory = 4 * n_parameters, memory_bytes()
+    if n_bytes > memory:
+        raise UserError(
+            f"the model has {n_parameters:,} parameters, {n_bytes / 1e9:,.1f} GB, and this machine "
+            f"{memory / 1e9:,.1f} GB of memory: expected a smaller --config or --checkpoint"
+        )
+
+
+def memory_bytes() -> int:
+    """Memory of this machine, or of the container that this process runs in."""
+    if sys.platform == "win32":
+        return MAX_SIZE
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return memory
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a folder.
 
     Raises:
-        UserError: it is not a JSON object.
+        UserError: it is not a JSON object, or the sizes that we read are not numbers.
     """
+    path = folder / "config.json"
     try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{folder / 'config.json'} is damaged: expected a JSON object") from None
+        raise UserError(f"{path} is damaged: expected a JSON object") from None
+    for key in ("vocab_size", "n_positions", "max_position_embeddings"):
+        value = config.get(key)
+        if value is not None and (type(value) is not int or not 0 < value <= MAX_SIZE):
+            raise UserError(f"{path}: {key} is {reprlib.repr(value)}, expected 1 to {MAX_SIZE:,}")
+    return config
 
 
 def context_of(config: dict[str, Any]) -> int | None:
@@ -142,6 +178,16 @@ def open_or_pack(
             f"pass --seq_len {manifest.seq_len} or pack again"
         )
     return rows
+
+
+def open_both(
+    options: TrainOptions, processes: Any, tokenizer: TextTokenizer, seq_len: int
+) -> tuple[PackedRows, PackedRows]:
+    """`open_or_pack` for training and validation; process 0 packs, the others find it packed."""
+    data = options.data
+    with processes.main_first():
+        rows = open_or_pack(data.train_path, data, tokenizer, seq_len)
+        return rows, open_or_pack(data.val_path, data, tokenizer, seq_len)
 
 
 def pack_into_cache(
@@ -229,8 +275,9 @@ def source_config(model: ModelOptions) -> dict[str, Any]:
     source = source_folder(model) or model.checkpoint
     try:
         return ALGPT2Config.from_pretrained(source).to_dict()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the configuration of {source}: {error}") from error
+    except Exception as error:  # a damaged file can make transformers raise anything
+        reason = describe(error)[:500]
+        raise UserError(f"cannot load the configuration of {source}: {reason}") from error
 
 
 def tokenizer_of(options: TrainOptions, manifest: Manifest) -> TextTokenizer | None:
@@ -265,9 +312,40 @@ def count_steps(optim: OptimOptions, n_rows: int, seq_len: int) -> int:
     return math.ceil(optim.epochs * n_rows / rows_per_step)
 
 
+class Rows(Protocol):
+    """Packed rows, wherever they lie."""
+
+    manifest: Manifest
+
+    def probe(self) -> str:
+        """A hash of each shard's first and last record as they are on disk now."""
+
+
 def starts_from_weights(model: ModelOptions) -> bool:
     """Whether a new run starts from trained weights: then there is a before to compare with."""
     return bool(model.init_from or (model.checkpoint and not model.from_scratch))
+
+
+def measure_start(
+    step: int, model: ModelOptions, run: dict[str, Any], validate: Callable[[], dict[str, float]]
+) -> dict[str, Any]:
+    """`before` for run.json: the validation metrics of the weights that a new run starts from."""
+    if step or "before" in run or not starts_from_weights(model):
+        return {}
+    log("evaluating the weights that training starts from")
+    return {"before": validate()}
+
+
+def finish(done: bool, step: int, run: dict[str, Any], options: TrainOptions) -> int | None:
+    """The last words of a training and its exit code; of a run that is done also its before and
+    after, and its upload."""
+    save_dir = Path(options.report.save_dir)
+    log(f"{'done' if done else 'stopped'} at step {step}: {save_dir}")
+    if not done:
+        return EXIT_STOPPED
+    log_before_and_after(run, save_dir)
+    model_card.push_to_hub(find_checkpoint(save_dir), options.report.push_to_hub)
+    return None
 
 
 def log_before_and_after(run: dict[str, Any], save_dir: Path) -> None:
@@ -302,17 +380,21 @@ def fingerprint(manifest: Manifest) -> str:
     return hashlib.sha256("".join(s.sha256 for s in manifest.shards).encode()).hexdigest()
 
 
-def describe_run(
-    options: TrainOptions, train: Manifest, val: Manifest, n_steps: int
-) -> dict[str, Any]:
-    """run.json: every option, what follows from them, and what it ran on."""
+def describe_run(options: TrainOptions, train: "Rows", val: "Rows", n_steps: int) -> dict[str, Any]:
+    """run.json: every option, what follows from them, and what it ran on.
+
+    Raises:
+        UserError: the first or last record of a shard is damaged.
+    """
     optim = options.optim
+    probes = {"train_records": train.probe(), "val_records": val.probe()}
+    train, val = train.manifest, val.manifest
     rows_per_step = optim.batch_size * optim.grad_steps
     return {
         "options": asdict(options),
         "data": {
             "train": fingerprint(train), "train_tokens": train.tokens,
-            "val": fingerprint(val), "val_tokens": val.tokens,
+            "val": fingerprint(val), "val_tokens": val.tokens, **probes,
         },
         "steps": n_steps,
         "tokens_per_step": rows_per_step * train.seq_len,

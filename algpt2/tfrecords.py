@@ -26,14 +26,13 @@ from typing import Any, TypeVar
 import google_crc32c
 import numpy as np
 
-from .checkpoints import json_text, write_json
+from .checkpoints import CHECKSUM, content_sha256, json_text, write_record
 from .errors import UserError
 from .parallel import run_tasks
 from .report import Progress
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
-CHECKSUM = "sha256"  # key of the manifest's own, over all its other keys
 FEATURE = b"tokens"
 BLOCK_BYTES = 1 << 20  # of records assembled in memory at a time
 OPEN_SHARDS = 256  # memory maps held at a time: each holds a file descriptor
@@ -188,7 +187,7 @@ def parse_manifest(text: str, path: str | Path) -> Manifest:
         )
     manifest = _from_json(Manifest, content, path)
     problem = _inconsistency(manifest)
-    if not problem and content.get(CHECKSUM) != _checksum(asdict(manifest)):
+    if not problem and content.get(CHECKSUM) != content_sha256(asdict(manifest)):
         problem = f"its {CHECKSUM} is not that of its content"
     if problem:
         raise UserError(f"{path} is damaged: {problem}")
@@ -197,12 +196,7 @@ def parse_manifest(text: str, path: str | Path) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, whole or not at all, with a checksum of its content."""
-    content = asdict(manifest)
-    write_json(folder / MANIFEST_FILE, content | {CHECKSUM: _checksum(content)})
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    write_record(folder / MANIFEST_FILE, asdict(manifest))
 
 
 def _from_json(cls: type[T], content: Any, path: str | Path) -> T:
@@ -303,12 +297,12 @@ class PackedRows:
     """The rows of a folder of shards, memory-mapped; `open_rows` makes one.
 
     `rows[i]` is (seq_len + 1,), `rows[ids]` with an array of ids (n,) is (n, seq_len + 1), both
-    copies in the stored dtype.
+    copies in the stored dtype. Each record that is read is checked: `UserError` if it is damaged.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self._tokens = functools.lru_cache(OPEN_SHARDS)(self._map)
+        self._records = functools.lru_cache(OPEN_SHARDS)(self._map)
 
     def __len__(self) -> int:
         return self.manifest.n_rows
@@ -323,13 +317,43 @@ class PackedRows:
         rows = np.empty((*ids.shape, self.manifest.seq_len + 1), self.manifest.dtype)
         for shard_id in np.unique(shard_ids):
             here = shard_ids == shard_id
-            rows[here] = self._tokens(int(shard_id))[places[here]]
+            rows[here] = self._read(int(shard_id), places[here])
         return rows
+
+    def probe(self) -> str:
+        """A hash of each shard's first and last record as they are on disk now: shards that
+        changed places since a run began are found without reading them.
+
+        Raises:
+            UserError: one of these records is damaged.
+        """
+        digest = hashlib.sha256()
+        for shard_id, shard in enumerate(self.manifest.shards):
+            digest.update(self._read(shard_id, np.array([0, shard.rows - 1])).tobytes())
+        return digest.hexdigest()
+
+    def _read(self, shard_id: int, places: np.ndarray) -> np.ndarray:
+        """The tokens (n, seq_len + 1) of some records of a shard."""
+        records = np.atleast_1d(self._records(shard_id)[places])
+        bad = damaged_records(records, self.manifest.vocab_size)
+        if bad.any():
+            path = self.folder / self.manifest.shards[shard_id].file
+            row = int(np.atleast_1d(places)[bad.argmax()])
+            raise UserError(f"{path}: row {row} is corrupt; copy the shard again, or pack it again")
+        return records["tokens"]
 
     def _map(self, shard_id: int) -> np.ndarray:
         path = self.folder / self.manifest.shards[shard_id].file
         dtype = record_dtype(self.manifest.seq_len, self.manifest.dtype)
-        return np.memmap(path, dtype, mode="r")["tokens"]
+        return np.memmap(path, dtype, mode="r")
+
+
+def damaged_records(records: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Which of some records (n,) have other bytes than their tokens must have, or unknown ids."""
+    tokens = np.ascontiguousarray(records["tokens"])
+    expected = build_records(tokens.astype(tokens.dtype.newbyteorder("=")))
+    wrong = (records["head"] != expected["head"]).any(1) | (records["crc"] != expected["crc"])
+    return wrong | (tokens >= vocab_size).any(1)
 
 
 def open_rows(folder: str | Path) -> PackedRows:
@@ -375,7 +399,7 @@ def verify(
     problems = []
     text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
     content = asdict(manifest)
-    if text != json_text(content | {CHECKSUM: _checksum(content)}):
+    if text != json_text(content | {CHECKSUM: content_sha256(content)}):
         problems.append(f"{folder / MANIFEST_FILE}: not the bytes that were written")
     if tokenizer_sha256 not in (None, manifest.tokenizer_sha256):
         problems.append(
@@ -407,10 +431,7 @@ def _check_shard(folder: Path, manifest: Manifest, shard: Shard) -> list[str]:
             raw = file.read(step * dtype.itemsize)
             digest.update(raw)
             records = np.frombuffer(raw, dtype)
-            expected = build_records(records["tokens"].astype(manifest.dtype))
-            wrong = (records["head"] != expected["head"]).any(1)
-            wrong |= records["crc"] != expected["crc"]
-            wrong |= (records["tokens"] >= manifest.vocab_size).any(1)
+            wrong = damaged_records(records, manifest.vocab_size)
             bad_rows += (first + np.flatnonzero(wrong)).tolist()
     if bad_rows:
         rows = ", ".join(map(str, bad_rows[:5])) + (" ..." if len(bad_rows) > 5 else "")

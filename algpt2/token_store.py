@@ -8,10 +8,10 @@ the work folder, the last only when the others are complete:
     00000.json         what was read: counts, number of tokens
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from .batches import permutation
-from .checkpoints import write_json
+from .checkpoints import describe_file, read_record, write_record
 from .corpus import CorpusReport, Part, read_parts
 from .encoders import Encode, build_encoder
+from .errors import UserError
 from .tfrecords import write_file
 from .tokenization_algpt2 import TextTokenizer
 
@@ -129,8 +130,13 @@ def encode_task(
     """
     base = context.work / f"{task.index:05d}"
     done = base.with_suffix(".json")
-    if done.exists():  # written behind the tokens: they are there
-        return json.loads(done.read_text(encoding="utf-8"))
+    with contextlib.suppress(FileNotFoundError, UserError):  # not done, or damaged since: again
+        result = read_record(done)
+        files = {
+            suffix: list(describe_file(base.with_suffix(suffix))) for suffix in result["files"]
+        }
+        if files == result["files"]:
+            return result
     report = CorpusReport()
     found: list[np.ndarray] = []
     encode = build_encoder(context.tokenizer, context.encoder)
@@ -152,12 +158,11 @@ def encode_task(
             if n_tokens >= context.max_tokens:
                 return
 
-    write_file(base.with_suffix(".tokens"), blocks())
+    files = {".tokens": write_file(base.with_suffix(".tokens"), blocks())}
     if context.with_documents:
-        write_file(base.with_suffix(".documents"), found)
-    result = {"tokens": n_tokens, "report": asdict(report)}
-    write_json(done, result)
-    return result
+        files[".documents"] = write_file(base.with_suffix(".documents"), found)
+    write_record(done, {"tokens": n_tokens, "report": asdict(report), "files": files})
+    return read_record(done)
 
 
 def _counted(

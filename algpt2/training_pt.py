@@ -31,6 +31,7 @@ from .checkpoints import (
     prune_checkpoints,
     write_checkpoint,
 )
+from .configuration_algpt2 import MAX_LAYERS, ALGPT2Config
 from .convert_pt import start_model
 from .errors import UserError, describe
 from .evaluation import text_metrics
@@ -40,7 +41,7 @@ from .modeling_algpt2 import ALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TrainOptions
 from .parallel import keep_freed_memory
 from .report import RunReport, log
-from .runs import check_model_fits, peak_lr, starts_from_weights, text_totals
+from .runs import check_memory, check_model_fits, peak_lr, text_totals
 from .sampling_pt import sample_texts
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer
@@ -161,8 +162,17 @@ def build_model(options: ModelOptions, tokenizer: TextTokenizer, seq_len: int | 
     try:
         config = AutoConfig.from_pretrained(source)
         check_model_fits(config.to_dict(), tokenizer, seq_len, exact=not options.checkpoint)
+        check_memory(count_parameters(config))
         if options.checkpoint and not options.from_scratch:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+            # Never a pickle: a .bin file is refused, even where safetensors are missing.
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+            if missing := sorted(found["missing_keys"]):
+                raise UserError(
+                    f"the weights in {source} lack {missing[0]} ({len(missing)} in all): expected "
+                    "those of its config.json"
+                )
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         if options.init_from:
@@ -171,11 +181,27 @@ def build_model(options: ModelOptions, tokenizer: TextTokenizer, seq_len: int | 
             add_embeddings(model, tokenizer.vocab_size)
     except UserError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot load a causal language model from {source}: {error}") from error
+    except Exception as error:  # a damaged file can make transformers raise anything
+        raise UserError(
+            f"cannot load a causal language model from {source}: {describe(error)[:500]}"
+        ) from error
     if options.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model
+
+
+def count_parameters(config: Any) -> int:
+    """Parameters of the model that a configuration describes, without making it."""
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    if isinstance(config, GPT2Config):
+        groups = getattr(config, "num_hidden_groups", config.n_layer)
+        keys = {**config.to_dict(), "model_type": "algpt2", "num_hidden_groups": groups}
+        return ALGPT2Config.from_dict(keys).stored_parameters()
+    if (config.num_hidden_layers or 0) > MAX_LAYERS:
+        raise UserError(f"{config.num_hidden_layers} layers: expected at most {MAX_LAYERS:,}")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
 @torch.no_grad()
@@ -228,7 +254,7 @@ class Optimizers:
         """Inverse of `state_tensors`.
 
         Raises:
-            UserError: a tensor belongs to no parameter of the model.
+            UserError: a tensor belongs to no parameter of the model, or one is missing.
         """
         parameters = {name: parameter for parameter, name in self.names.items()}
         owner = {
@@ -242,11 +268,40 @@ class Optimizers:
             if name not in parameters:
                 raise UserError(f"the optimizer state is of another model: it has {key}")
             parameter = parameters[name]
+            check_state(key, value, parameter.shape)
             if value.dim() == 0 and value.dtype == torch.float64:
                 number = value.item()
                 owner[parameter].state[parameter][slot] = int(number) if slot == "step" else number
             else:
                 owner[parameter].state[parameter][slot] = value.clone()
+        for parameter, optimizer in owner.items() if tensors else ():
+            if lacks := required_slots(optimizer, parameter) - optimizer.state[parameter].keys():
+                raise UserError(
+                    "the optimizer state is of another model or optimizer: it lacks "
+                    f"{self.names[parameter]}/{min(lacks)}"
+                )
+
+
+def required_slots(optimizer: torch.optim.Optimizer, parameter: Tensor) -> set[str]:
+    """What the optimizer's next step reads of the state of a parameter that has had one."""
+    options = optimizer.param_groups[0]
+    if isinstance(optimizer, torch.optim.AdamW):
+        return {"step", "exp_avg", "exp_avg_sq"}
+    if isinstance(optimizer, torch.optim.SGD | torch.optim.Muon):
+        return {"momentum_buffer"} if options["momentum"] else set()
+    squares = {"exp_avg_sq_row", "exp_avg_sq_col"} if parameter.dim() > 1 else {"exp_avg_sq"}
+    return squares | {"step"} | ({"exp_avg"} if options["beta1"] is not None else set())
+
+
+def check_state(key: str, value: Tensor, shape: torch.Size) -> None:
+    """`UserError` unless a tensor of optimizer state fits a weight of `shape`: of the same shape,
+    or a factor of Adafactor's, or a number."""
+    factors = shape, shape[:-1], shape[:-2] + shape[-1:], torch.Size()
+    if value.shape not in factors or not value.is_floating_point() or not value.isfinite().all():
+        raise UserError(
+            f"the optimizer state is damaged or of another model: {key} holds "
+            f"{value.dtype} {tuple(value.shape)} for a weight {tuple(shape)}"
+        )
 
 
 class Float32NewtonSchulz(torch.overrides.TorchFunctionMode):
@@ -498,15 +553,6 @@ def validate(trainer: Trainer, rows: PackedRows, n_rows: int | None = None) -> d
     return text_metrics(loss, text_totals(rows.manifest))
 
 
-def measure_start(trainer: Trainer, rows: PackedRows, run: dict[str, Any]) -> dict[str, Any]:
-    """`before` for run.json: the validation metrics of the weights that a new run starts from."""
-    is_new = trainer.step == 0 and "before" not in run
-    if not is_new or not starts_from_weights(trainer.options.model):
-        return {}
-    log("evaluating the weights that training starts from")
-    return {"before": validate(trainer, rows)}
-
-
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
@@ -542,18 +588,30 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer, state: dict[str, Any]
                 f"cannot write the checkpoint of step {trainer.step} in {report.save_dir} "
                 f"({describe(error)}); earlier ones are whole, the same command continues from them"
             ) from error
-        prune_checkpoints(Path(report.save_dir), report.keep_last, report.milestone_steps)
+        prune_checkpoints(
+            Path(report.save_dir), report.keep_last, report.milestone_steps, trainer.step
+        )
     if trainer.processes.count > 1:
         dist.barrier()
 
 
 def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Optimizer state, step and scaler of a checkpoint (the model was built from it already)."""
-    trainer.optimizers.load_state_tensors(load_file(checkpoint.folder / OPTIMIZER_FILE))
-    if trainer.scaler.is_enabled():
-        trainer.scaler.load_state_dict(checkpoint.state["scaler"])
-    trainer.step, trainer.elapsed_s = checkpoint.step, checkpoint.state["elapsed_s"]
-    trainer.guard.load(checkpoint.state.get("outliers", {}))
+    """Optimizer state, step, scaler and outlier statistics of a checkpoint (the model was built
+    from it already).
+
+    Raises:
+        UserError: the state is not one of this model and optimizer.
+    """
+    try:
+        tensors = load_file(checkpoint.folder / OPTIMIZER_FILE)
+        if trainer.scaler.is_enabled():
+            trainer.scaler.load_state_dict(checkpoint.state["scaler"])
+        trainer.step, trainer.elapsed_s = checkpoint.step, float(checkpoint.state["elapsed_s"])
+        trainer.guard.load(checkpoint.state.get("outliers", {}))
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {describe(error)}"
+        raise UserError(f"{checkpoint.folder} is damaged ({reason})") from error
+    trainer.optimizers.load_state_tensors(tensors)
 
 
 # --- the run -------------------------------------------------------------------------------------

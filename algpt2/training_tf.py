@@ -39,7 +39,7 @@ from .modeling_tf_algpt2 import TFALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TFTrainOptions
 from .parallel import keep_freed_memory
 from .report import RunReport, log, process_index
-from .runs import check_model_fits, peak_lr, text_totals
+from .runs import check_memory, check_model_fits, peak_lr, text_totals
 from .sampling_tf import sample_texts
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer
@@ -205,17 +205,24 @@ def build_model(
         source = find_checkpoint(Path(source), log)
     try:
         config = ALGPT2Config.from_pretrained(source)
+        check_memory(config.stored_parameters())
         if tokenizer is not None:
             exact = not options.checkpoint
             check_model_fits(config.to_dict(), tokenizer, seq_len, exact=exact)
+            if tokenizer.vocab_size > config.vocab_size:
+                raise UserError(
+                    f"--control_codes: {tokenizer.n_new_codes} are new to {source}: expected codes "
+                    "that it has; train_pt.py adds new ones, and its run continues here"
+                )
         if options.checkpoint and not options.from_scratch:
             model = TFALGPT2LMHeadModel.from_pretrained(source, dtype=dtype)
         else:
             model = TFALGPT2LMHeadModel(config, dtype=dtype, seed=seed)
     except UserError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot load a GPT-2 or ALGPT2 from {source}: {error}") from error
+    except Exception as error:  # a damaged file can make transformers raise anything
+        reason = describe(error)[:500]
+        raise UserError(f"cannot load a GPT-2 or ALGPT2 from {source}: {reason}") from error
     model.transformer.gradient_checkpointing = options.gradient_checkpointing
     return model
 
@@ -280,6 +287,11 @@ def load_state_tensors(
             if variables[i] is not None:
                 if key not in left:
                     raise UserError(f"the optimizer state is of another optimizer: it has no {key}")
+                if tensors[key].shape != tuple(variables[i].shape):
+                    raise UserError(
+                        f"the optimizer state is of another model: {key} is of shape "
+                        f"{tensors[key].shape}, expected {tuple(variables[i].shape)}"
+                    )
                 variables[i].assign(tensors[key])
                 left.remove(key)
     if left:
@@ -327,7 +339,8 @@ def build_step(
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         context = tf.distribute.get_replica_context()
         seed = _fold(seed, context.replica_id_in_sync_group)
-        loss, grads = _accumulate(gradients, rows, seed)
+        shapes = [variable.shape for variable in model.trainable_variables]
+        loss, grads = _accumulate(gradients, rows, seed, shapes)
         loss, *grads = context.all_reduce(tf.distribute.ReduceOp.MEAN, [loss, *grads])
         norm = tf.linalg.global_norm(grads)
         ok = ok & tf.math.is_finite(loss) & tf.math.is_finite(norm)
@@ -346,9 +359,9 @@ def _fold(seed: tf.Tensor, value: Any) -> tf.Tensor:
 
 
 def _accumulate(
-    gradients: Callable[..., Any], rows: tf.Tensor, seed: tf.Tensor
+    gradients: Callable[..., Any], rows: tf.Tensor, seed: tf.Tensor, shapes: list[Any]
 ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-    """Mean loss and gradients over the forward passes rows[0], rows[1] ..."""
+    """Mean loss and gradients (of `shapes`) over the forward passes rows[0], rows[1] ..."""
     n = rows.shape[0]
     if n == 1:
         return gradients(rows[0], seed)
@@ -357,9 +370,9 @@ def _accumulate(
         more, grads = gradients(rows[i], _fold(seed, i))
         return i + 1, loss + more / n, [a + b / n for a, b in zip(sums, grads, strict=True)]
 
-    first, grads = gradients(rows[0], seed)
-    start = (tf.constant(1), first / n, [gradient / n for gradient in grads])
-    _, loss, sums = tf.while_loop(lambda i, *_: i < n, body, start, maximum_iterations=n - 1)
+    # From zero on, so that the program holds the model once.
+    start = (tf.constant(0), tf.zeros([]), [tf.zeros(shape) for shape in shapes])
+    _, loss, sums = tf.while_loop(lambda i, *_: i < n, body, start, maximum_iterations=n)
     return loss, sums
 
 
@@ -639,6 +652,13 @@ def evaluate(
     return total / len(ids)
 
 
+def validate(trainer: Trainer, rows: PackedRows, n_rows: int | None = None) -> dict[str, float]:
+    """`val_loss` and what follows from it, of the model as it is now."""
+    batch_size = trainer.options.optim.batch_size
+    loss = evaluate(trainer.model, rows, trainer.processes, batch_size, n_rows)
+    return text_metrics(loss, text_totals(rows.manifest))
+
+
 @functools.lru_cache(maxsize=1)
 def _eval_step(model: TFALGPT2LMHeadModel, strategy: tf.distribute.Strategy) -> Callable[..., Any]:
     """Weighted sum of the mean losses of rows (B, T + 1) over all replicas."""
@@ -693,16 +713,24 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer | None, state: dict[st
                 f"cannot write the checkpoint of step {trainer.step} in {kept.save_dir} "
                 f"({describe(error)}); earlier ones are whole, the same command continues from them"
             ) from error
-        prune_checkpoints(Path(kept.save_dir), kept.keep_last, kept.milestone_steps)
+        prune_checkpoints(Path(kept.save_dir), kept.keep_last, kept.milestone_steps, trainer.step)
     trainer.processes.barrier()
 
 
 def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Optimizer state and step of a checkpoint (the model was built from it already)."""
-    tensors = load_file(checkpoint.folder / OPTIMIZER_FILE)
+    """Optimizer state, step and outlier statistics of a checkpoint (the model was built from it).
+
+    Raises:
+        UserError: the state is not one of this model and optimizer.
+    """
+    try:
+        tensors = load_file(checkpoint.folder / OPTIMIZER_FILE)
+        trainer.step, trainer.elapsed_s = checkpoint.step, float(checkpoint.state["elapsed_s"])
+        trainer.guard.load(checkpoint.state.get("outliers", {}))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {describe(error)}"
+        raise UserError(f"{checkpoint.folder} is damaged ({reason})") from error
     load_state_tensors(trainer.model, trainer.optimizer, tensors, checkpoint.step)
-    trainer.step, trainer.elapsed_s = checkpoint.step, checkpoint.state["elapsed_s"]
-    trainer.guard.load(checkpoint.state.get("outliers", {}))
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -726,25 +754,23 @@ def make_hooks(
         seen.update(elapsed_s=trainer.elapsed_s, wait_s=trainer.inputs.wait_s)
         run_report.metrics(line | {"input_wait": waited})
 
-    def validate(last: bool) -> dict[str, float]:
-        n_rows = None if last else options.data.n_eval_rows
-        batch_size = options.optim.batch_size
-        loss = evaluate(model, val_rows, trainer.processes, batch_size, n_rows)
-        return text_metrics(loss, text_totals(val_rows.manifest))
+    def evaluate_now(last: bool) -> dict[str, float]:
+        return validate(trainer, val_rows, None if last else options.data.n_eval_rows)
 
     def save() -> None:
         save_state(trainer, tokenizer, {key: run[key] for key in ("options", "data", "versions")})
 
     def sample() -> None:
         if trainer.processes.rank == 0 and tokenizer is not None:
-            texts = sample_texts(model, tokenizer, options.sample, options.optim.seed)
+            code = (options.data.control_codes or (None,))[0]
+            texts = sample_texts(model, tokenizer, options.sample, options.optim.seed, code=code)
             run_report.samples(trainer.step, options.sample.prompt, texts)
 
     def histograms() -> None:
         parameters = model.named_parameters().items()
         run_report.histograms(trainer.step, {f"weights/{n}": v.numpy() for n, v in parameters})
 
-    return Hooks(tick, write, validate, save, sample, histograms)
+    return Hooks(tick, write, evaluate_now, save, sample, histograms)
 
 
 def fit(trainer: Trainer, hooks: Hooks) -> bool:

@@ -61,10 +61,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(run, file, damage):
     assert harmless or "checkpoint-00000003" in warnings[0]
 
 
-def test_no_complete_checkpoint_is_none(run):
+def test_no_complete_checkpoint_among_damaged_ones_is_an_error(run):
+    assert newest_checkpoint(run / "checkpoint-00000001") is None
     for folder in checkpoint_folders(run):
         (folder / "weights.bin").unlink()
-    assert newest_checkpoint(run, lambda message: None) is None
+    with pytest.raises(UserError, match=r"no complete checkpoint in .*, 3 damaged"):
+        newest_checkpoint(run, lambda message: None)
     with pytest.raises(UserError, match="no complete checkpoint"):
         find_checkpoint(run, lambda message: None)
 
@@ -95,8 +97,53 @@ def test_half_a_folder_never_has_the_final_name(tmp_path, monkeypatch):
 def test_pruning_keeps_the_newest_and_milestones(tmp_path):
     for step in range(1, 8):
         write_checkpoint(tmp_path, step, fill, {})
-    prune_checkpoints(tmp_path, keep_last=2, milestone_steps=3)
+    prune_checkpoints(tmp_path, keep_last=2, milestone_steps=3, step=7)
     assert [read_checkpoint(f).step for f in checkpoint_folders(tmp_path)] == [3, 6, 7]
+
+
+def test_what_is_no_checkpoint_of_the_run_takes_no_place_among_the_kept(run):
+    (run / "checkpoint-00000099").mkdir()
+    (run / "checkpoint-00000002" / "training_state.json").unlink()
+    prune_checkpoints(run, keep_last=1, milestone_steps=None, step=3)
+    assert names(run) == [f"checkpoint-000000{n}" for n in ("02", "03", "99")]
+
+
+def test_a_folder_that_says_another_step_is_not_used(run):
+    (run / "checkpoint-00000003").rename(run / "checkpoint-00000009")
+    warnings = []
+    assert newest_checkpoint(run, warnings.append).step == 2
+    assert "checkpoint-00000009 is not what its name says: it holds step 3" in warnings[0]
+    copied = (run / "checkpoint-00000002").rename(run / "best")  # a name of the user's
+    assert read_checkpoint(copied).step == 2
+
+
+def test_a_changed_marker_is_found_by_its_own_checksum(run):
+    marker = run / "checkpoint-00000003" / "training_state.json"
+    text = marker.read_text()
+    for old, new in (('"note": 3', '"note": 4'), ('"sha256": "', '"sha257": "'),
+                     ('"format_version": 2', '"format_version": 3')):  # fmt: skip
+        assert old in text
+        marker.write_text(text.replace(old, new))
+        with pytest.raises(UserError, match="damaged"):
+            read_checkpoint(marker.parent)
+
+
+def test_a_checkpoint_of_the_first_format_is_read(run):
+    marker = run / "checkpoint-00000003" / "training_state.json"
+    state = json.loads(marker.read_text())
+    del state["sha256"], state["lines"]
+    marker.write_text(json.dumps(state | {"format_version": 1}))
+    assert read_checkpoint(marker.parent).step == 3
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("precious")
+    for name in ("run.json", ".run.json.partial"):
+        (tmp_path / name).symlink_to(elsewhere)
+    write_json(tmp_path / "run.json", {"a": 1})
+    assert elsewhere.read_text() == "precious"
+    assert json.loads((tmp_path / "run.json").read_text()) == {"a": 1}
 
 
 def test_more_than_99999999_steps_still_sort(tmp_path):
@@ -110,7 +157,8 @@ def test_a_marker_cannot_name_files_elsewhere(run, name):
     marker = run / "checkpoint-00000003" / "training_state.json"
     state = json.loads(marker.read_text())
     state["files"][name] = {"bytes": 1, "sha256": "0"}
-    marker.write_text(json.dumps(state))
+    del state["sha256"]
+    checkpoints.write_record(marker, state)
     with pytest.raises(UserError, match="missing"):
         read_checkpoint(marker.parent)
 

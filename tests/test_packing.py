@@ -404,7 +404,7 @@ def test_no_permission_to_write(tmp_path, text, monkeypatch):
     def deny(path, value):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(packing, "write_json", deny)
+    monkeypatch.setattr(packing, "write_record", deny)
     with pytest.raises(UserError, match=r"cannot write to --save_path .*Permission denied"):
         pack(text, TOKENIZER, tmp_path / "out", seq_len=4)
 

@@ -31,7 +31,7 @@ def random_rows(n_rows, seq_len, dtype="uint16"):
     return draw.integers(0, high, (n_rows, seq_len + 1), dtype, endpoint=True)
 
 
-def write_folder(folder, rows, n_shards):
+def write_folder(folder, rows, n_shards, vocab_size=None):
     """Shards of equal rows and their manifest."""
     size, seq_len = len(rows) // n_shards, rows.shape[1] - 1
     shards = tuple(
@@ -40,7 +40,8 @@ def write_folder(folder, rows, n_shards):
     )
     manifest = Manifest(
         format_version=FORMAT_VERSION, seq_len=seq_len, dtype=rows.dtype.name,
-        vocab_size=300, eot_id=299, tokenizer_sha256="0" * 64,
+        vocab_size=vocab_size or max(300, 1 + int(rows.max())), eot_id=299,
+        tokenizer_sha256="0" * 64,
         sources=[{"source": "text"}], options={"n_files": None},
         shards=shards, documents=3, text_bytes=99, words=20, line_ends=2,
         tokens=1 + size * n_shards * seq_len + 5, left_over_tokens=5, dropped_rows=0,
@@ -362,6 +363,8 @@ def test_the_manifest_has_a_checksum_of_its_content(folder):
 
 
 def test_a_token_beyond_the_vocabulary_is_found(folder):
-    write_folder(folder, random_rows(6, 8) % 301 | 300, n_shards=3)
+    write_folder(folder, random_rows(6, 8) % 301 | 300, n_shards=3, vocab_size=300)
+    with pytest.raises(UserError, match=r"0\.tfrecord: row 1 is corrupt"):
+        open_rows(folder)[1]
     assert all("2 damaged records (rows 0, 1)" in problem for problem in verify(folder)[1])
     assert len(verify(folder)[1]) == 3
