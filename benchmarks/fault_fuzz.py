@@ -36,7 +36,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from algpt2.errors import UserError  # noqa: E402  (after the path)
+from algpt2.checkpoints import STATE_FILE  # noqa: E402  (after the path)
+from algpt2.errors import UserError  # noqa: E402
 from benchmarks.fault_corruption import flags, make_data  # noqa: E402
 
 LIMIT_S = 10  # an input that takes longer hangs
@@ -155,13 +156,11 @@ class Fuzzer:
         os.environ["ALGPT2_CACHE"] = str(folder / "cache")
         make_data(folder)
         import train_pt
-        from algpt2.checkpoints import read_checkpoint
         from algpt2.tokenization_algpt2 import load_tokenizer
 
         with _own_signals():
             train_pt.main(flags(folder, max_steps=1))
         self.checkpoint = folder / "run/checkpoint-00000001"
-        self.sound = read_checkpoint(self.checkpoint)
         self.tokenizer = load_tokenizer(str(folder / "tokenizer"))
         self.tokenizer_files = [
             path for path in (folder / "tokenizer").iterdir() if not path.name.startswith(".")
@@ -263,7 +262,7 @@ class Fuzzer:
     def training_state(self, draw: random.Random) -> Read:
         from algpt2.checkpoints import newest_checkpoint
 
-        self.mutate(self.checkpoint / "training_state.json", draw, sign=True)
+        self.mutate(self.checkpoint / STATE_FILE, draw, sign=True)
 
         def read() -> None:
             if (found := newest_checkpoint(self.folder / "run", lambda message: None)) is not None:
@@ -310,16 +309,23 @@ class Fuzzer:
         folder = self.folder / "weights"
         if not folder.exists():
             shutil.copytree(self.checkpoint, folder)
-            (folder / "training_state.json").unlink()
+            (folder / STATE_FILE).unlink()
             self.files |= {path: path.read_bytes() for path in folder.iterdir()}
         self.put(folder / "model.safetensors", self._other_tensors(folder / "model.safetensors", draw))
         options = ModelOptions(checkpoint=str(folder))
         return lambda: training_pt.build_model(options, self.tokenizer, 16)
 
     def optimizer(self, draw: random.Random) -> Read:
-        path = self.checkpoint / "optimizer.safetensors"
+        from algpt2.checkpoints import CHECKSUM, describe_file, read_checkpoint, write_record
+
+        path, marker = self.checkpoint / "optimizer.safetensors", self.checkpoint / STATE_FILE
         self.put(path, self._other_tensors(path, draw))
-        return lambda: self._resume(self.sound)
+        state = json.loads(self.files[marker])
+        state["files"][path.name] = dict(zip(("bytes", "sha256"), describe_file(path), strict=True))
+        state.pop(CHECKSUM)
+        write_record(marker, state)
+        self.changed.add(marker)
+        return lambda: self._resume(read_checkpoint(self.checkpoint))
 
     def _other_tensors(self, path: Path, draw: random.Random) -> bytes:
         data = self.files[path]
