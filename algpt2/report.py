@@ -307,8 +307,10 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def _read_line(path: Path, number: int, text: str) -> dict[str, Any]:
     try:
         line = json.loads(text)
-        numbers = [float(value) for value in line.values() if not isinstance(value, str)]
-        if type(line["step"]) is int and line["step"] >= 0 and numbers:
+        texts = [value for key, value in line.items() if key in ("prompt", "text")]  # of samples
+        numbers = [float(value) for value in line.values() if type(value) in (int, float)]
+        is_sound = all(type(text) is str for text in texts) and len(texts + numbers) == len(line)
+        if is_sound and type(line["step"]) is int and line["step"] >= 0:
             return line
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         pass

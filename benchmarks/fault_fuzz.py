@@ -186,7 +186,9 @@ class Fuzzer:
         self.put(path, mutate_json_text(self.files[path], draw, sign))
 
     def _make_archives(self) -> None:
-        lines = [{"text": f"line {i} of the text", "n": i, "x": [None, {"y": 1.5}]} for i in range(9)]
+        lines = [
+            {"text": f"line {i} of the text", "n": i, "x": [None, {"y": 1.5}]} for i in range(9)
+        ]
         jsonl = "".join(json.dumps(line) + "\n" for line in lines).encode()
         folder = self.folder / "archives"
         folder.mkdir()
@@ -311,7 +313,9 @@ class Fuzzer:
             shutil.copytree(self.checkpoint, folder)
             (folder / STATE_FILE).unlink()
             self.files |= {path: path.read_bytes() for path in folder.iterdir()}
-        self.put(folder / "model.safetensors", self._other_tensors(folder / "model.safetensors", draw))
+        self.put(
+            folder / "model.safetensors", self._other_tensors(folder / "model.safetensors", draw)
+        )
         options = ModelOptions(checkpoint=str(folder))
         return lambda: training_pt.build_model(options, self.tokenizer, 16)
 
@@ -458,7 +462,8 @@ class Fuzzer:
             measure = {"name": "ppl", "value": 3.5, "unit": "per token", "over": "99 tokens"}
             record = {
                 "checkpoint": "checkpoint-00000001", "set": "text", "text": "a.txt", "context": 16,
-                "stride": 16, "precision": "float32", "measures": [measure], "n_eval_examples": None,
+                "stride": 16, "precision": "float32", "measures": [measure], "sha256": "0" * 64,
+                "n_eval_examples": None, "details": {"nats": 1.5},
             }  # fmt: skip
             self.files[path] = json.dumps({"evaluations": [record]}).encode()
         self.mutate(path, draw)
@@ -525,8 +530,12 @@ def strange_arguments(cls: type, draw: random.Random) -> list[str]:
     for _ in range(draw.randint(1, 4)):
         name = draw.choice(names)
         if draw.random() < 0.1:
-            name = draw.choice(("", "-", f"no_{name}", name.upper(), name[:-1], "ünïcode", "\udcff"))
-        value = draw.choice((*STRANGE_NUMBERS, "x", "../..", "-", "--", "a b", "\n", "%s", "{}", "\u2028"))
+            name = draw.choice(
+                ("", "-", f"no_{name}", name.upper(), name[:-1], "ünïcode", "\udcff")
+            )
+        value = draw.choice(
+            (*STRANGE_NUMBERS, "x", "../..", "-", "--", "a b", "\n", "%s", "{}", "\u2028")
+        )
         argv += [f"--{name}={value}"] if draw.random() < 0.6 else [f"--{name}", value]
     return argv
 
@@ -544,7 +553,9 @@ def run(short: bool = False, seed: int = 0, families: list[str] | None = None) -
             if not families or family in families:
                 rows.append(fuzz(fuzzer, family, max(2, count // SHORT) if short else count, seed))
     grown = _peak_bytes() - before
-    rows.append(_row("peak memory of all inputs", 1, int(grown > LIMIT_BYTES), f"{grown >> 20} MiB more"))
+    rows.append(
+        _row("peak memory of all inputs", 1, int(grown > LIMIT_BYTES), f"{grown >> 20} MiB more")
+    )
     return rows
 
 
