@@ -274,7 +274,7 @@ def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, 
         kept = {"created": before["created"], "wandb_id": before["wandb_id"]}
         kept |= {"before": before["before"]} if "before" in before else {}
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged: expected options, data, created, wandb_id") from None
+        raise UserError(f"{path} is damaged: expected options, data, wandb_id") from None
     if changes:
         raise UserError(
             f"save_dir {save_dir} holds another run ({'; '.join(changes[:6])}): repeat its command "

@@ -167,7 +167,7 @@ def encode_task(
 
 
 def _check_result(result: dict[str, Any], context: Context) -> None:
-    """`UserError` unless a task's .json has the fields, types and sizes that `encode_task` writes."""
+    """`UserError` unless a task's .json has the fields and types that `encode_task` writes."""
     empty = asdict(CorpusReport())
     try:
         report, files = result["report"], result["files"]

@@ -120,9 +120,9 @@ def test_a_hostile_tar_writes_and_follows_nothing(tmp_path, monkeypatch):
             member = tarfile.TarInfo(name)
             member.size = 4
             archive.addfile(member, io.BytesIO(b"text"))
-        for kind, name in ((tarfile.SYMTYPE, "soft.txt"), (tarfile.LNKTYPE, "hard.txt"),
-                           (tarfile.CHRTYPE, "device.txt"), (tarfile.FIFOTYPE, "pipe.txt")):  # fmt: skip
-            member = tarfile.TarInfo(name)
+        kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)
+        for kind, name in zip(kinds, ("soft", "hard", "device", "pipe"), strict=True):
+            member = tarfile.TarInfo(f"{name}.txt")
             member.type, member.linkname = kind, str(secret)
             archive.addfile(member)
     monkeypatch.chdir(inside)
@@ -137,6 +137,8 @@ def test_a_hostile_tar_writes_and_follows_nothing(tmp_path, monkeypatch):
      ".metrics.jsonl.partial", "checkpoint-00000002", ".checkpoint-00000002.partial"],
 )  # fmt: skip
 def test_nothing_is_written_through_a_link_in_save_dir(run, tmp_path, name):
+    shutil.rmtree(run / "run")
+    train_pt.main(flags(run, max_minutes=1e-9))
     elsewhere = tmp_path / "elsewhere"
     path = run / "run" / name
     if "checkpoint" in name:
@@ -149,10 +151,11 @@ def test_nothing_is_written_through_a_link_in_save_dir(run, tmp_path, name):
     path.unlink(missing_ok=True)
     path.symlink_to(elsewhere)
     held = {p: p.read_bytes() for p in (elsewhere, *elsewhere.glob("*")) if p.is_file()}
-    try:
-        train_pt.main(flags(run, max_steps=1, save_steps=1))
-    except UserError as error:
-        assert name in str(error)
+    if name.endswith(".partial"):  # left behind by a kill, perhaps: replaced
+        train_pt.main(flags(run))
+    else:
+        with pytest.raises(UserError, match=f"{name} is no .*, or a link"):
+            train_pt.main(flags(run))
     assert held == {p: p.read_bytes() for p in (elsewhere, *elsewhere.glob("*")) if p.is_file()}
 
 

@@ -40,7 +40,8 @@ def write_folder(folder, rows, n_shards, vocab_size=None):
     )
     manifest = Manifest(
         format_version=FORMAT_VERSION, seq_len=seq_len, dtype=rows.dtype.name,
-        vocab_size=vocab_size or max(300, 1 + int(rows.max())), eot_id=299, tokenizer_sha256="0" * 64,
+        vocab_size=vocab_size or max(300, 1 + int(rows.max())), eot_id=299,
+        tokenizer_sha256="0" * 64,
         sources=[{"source": "text"}], options={"n_files": None},
         shards=shards, documents=3, text_bytes=99, words=20, line_ends=2,
         tokens=1 + size * n_shards * seq_len + 5, left_over_tokens=5, dropped_rows=0,
