@@ -53,7 +53,7 @@ def read_run(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS_FILE if folder.is_dir() else folder
     if not path.is_file():
         raise UserError(f"{folder} is no run: expected {METRICS_FILE} in it")
-    lines = read_json_lines(path)
+    lines = [x for x in read_json_lines(path) if x.get("loss", 0) is not None]  # None: skipped, NaN
     if not lines or not all({"loss", "lr", "step", "tokens"} <= line.keys() for line in lines):
         raise UserError(f"{path} holds no training steps yet")
     return lines

@@ -4,7 +4,6 @@
     python3 train_pt.py --config algpt2 --train_path shards/train --val_path shards/val \\
         --batch_size 32 --grad_steps 16 --lr 1e-3 --lr_schedule cosine --warmup_steps 2000
     torchrun --nproc_per_node 8 train_pt.py ...               # 8 GPUs, the same global batch
-    python3 train_pt.py --checkpoint runs/train --eval_only --val_path text.txt
     python3 train_pt.py --checkpoint runs/train --eval_only --eval_sets data/bench --stride 128
     python3 train_pt.py --checkpoint runs/train --sample_only --prompt "The"
 
@@ -14,7 +13,7 @@ Repeat a command and the run continues where it stopped; a finished run says so.
 from collections.abc import Sequence
 from pathlib import Path
 
-from algpt2.errors import EXIT_STOPPED, run_script
+from algpt2.errors import run_script
 from algpt2.options import TrainOptions, parse
 
 
@@ -38,9 +37,7 @@ def train(options: TrainOptions) -> int | None:
     model_card.check_hub(options.report.push_to_hub)
     tokenizer = runs.choose_tokenizer(options.data, options.model)
     seq_len = runs.choose_seq_len(options.data, options.model)
-    with processes.main_first():
-        rows = runs.open_or_pack(options.data.train_path, options.data, tokenizer, seq_len)
-        val_rows = runs.open_or_pack(options.data.val_path, options.data, tokenizer, seq_len)
+    rows, val_rows = runs.open_both(options, processes, tokenizer, seq_len)
 
     # 2. The run: new, or the continuation of the one in save_dir
     n_steps = runs.count_steps(options.optim, len(rows), seq_len)
@@ -59,24 +56,21 @@ def train(options: TrainOptions) -> int | None:
         report.log(runs.summary(run, trainer.step))
 
         # 4. Train
-        run |= training_pt.measure_start(trainer, val_rows, run)
+        run |= runs.measure_start(
+            trainer.step, options.model, run, lambda: training_pt.validate(trainer, val_rows)
+        )
         done = trainer.step >= n_steps
         if not done:
             with report.RunReport(save_dir, run, trainer.step, options.report) as run_report:
                 hooks = training_pt.make_hooks(trainer, tokenizer, val_rows, run, run_report)
                 done = training_pt.fit(trainer, hooks)
                 run_report.artifact(find_checkpoint(save_dir))
-    report.log(f"{'done' if done else 'stopped'} at step {trainer.step}: {save_dir}")
-    if not done:
-        return EXIT_STOPPED
-    runs.log_before_and_after(run, save_dir)
-    model_card.push_to_hub(find_checkpoint(save_dir), options.report.push_to_hub)
-    return None
+    return runs.finish(done, trainer.step, run, options)
 
 
 def evaluate_only(options: TrainOptions) -> None:
     """Print and save one table of what a checkpoint scores on --val_path or --eval_sets."""
-    from algpt2 import evaluation_sets, model_card, report, runs, training_pt
+    from algpt2 import evaluation_sets, model_card, runs, training_pt
     from algpt2.evaluation_pt import evaluation_model
 
     processes = training_pt.start_processes(options)
@@ -90,26 +84,17 @@ def evaluate_only(options: TrainOptions) -> None:
         evaluation_model(model, processes, seq_len, options.optim.batch_size),
         tokenizer, options, precision=str(processes.dtype).removeprefix("torch."),
     )  # fmt: skip
-    evaluations = []
-    for one in sets:
-        evaluations.append(evaluator.evaluate(one))
-        if report.is_main_process():
-            results.add(evaluations[-1])
-    report.log(evaluation_sets.result_table(evaluations))
-    report.log(f"written to {results.json_path} and {results.markdown_path.name}")
-    if folder := runs.source_folder(options.model):
-        model_card.publish_evaluation(folder, options.report)
+    evaluation_sets.evaluate_all(evaluator, sets, results, options)
 
 
 def sample_only(options: TrainOptions) -> None:
     """Print samples of a checkpoint."""
-    from algpt2 import runs, training_pt
-    from algpt2.sampling_pt import print_samples
+    from algpt2 import runs, sampling, sampling_pt, training_pt
 
     processes = training_pt.start_processes(options)
     tokenizer = runs.choose_tokenizer(options.data, options.model)
     model = training_pt.build_model(options.model, tokenizer, None).to(processes.device)
-    print_samples(model, tokenizer, options)
+    sampling.print_samples(sampling_pt.sample_texts, model, tokenizer, options)
 
 
 if __name__ == "__main__":

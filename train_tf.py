@@ -14,7 +14,7 @@ those of train_pt.py: a run begun there continues here, and the other way round.
 from collections.abc import Sequence
 from pathlib import Path
 
-from algpt2.errors import EXIT_STOPPED, run_script
+from algpt2.errors import run_script
 from algpt2.options import TFTrainOptions, parse
 
 
@@ -30,15 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def train(options: TFTrainOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
-    from algpt2 import report, runs, training_tf
+    from algpt2 import model_card, report, runs, training_tf
+    from algpt2.checkpoints import find_checkpoint
 
     # 1. Devices, tokenizer and data
     processes = training_tf.start_processes(options)
+    model_card.check_hub(options.report.push_to_hub)
     tokenizer = runs.choose_tokenizer(options.data, options.model)
     seq_len = runs.choose_seq_len(options.data, options.model)
-    with processes.main_first():
-        rows = runs.open_or_pack(options.data.train_path, options.data, tokenizer, seq_len)
-        val_rows = runs.open_or_pack(options.data.val_path, options.data, tokenizer, seq_len)
+    rows, val_rows = runs.open_both(options, processes, tokenizer, seq_len)
     inputs = training_tf.RowInputs(rows, options, processes)
 
     # 2. The run: new, or the continuation of the one in save_dir
@@ -54,20 +54,23 @@ def train(options: TFTrainOptions) -> int | None:
         )
         run |= runs.describe_model(trainer.model, seq_len)
         report.log(runs.summary(run, trainer.step))
-        if trainer.step >= n_steps:
-            return None
 
         # 4. Train
-        with report.RunReport(save_dir, run, trainer.step, options.report) as run_report:
-            hooks = training_tf.make_hooks(trainer, tokenizer, val_rows, run, run_report)
-            done = training_tf.fit(trainer, hooks)
-    report.log(f"{'done' if done else 'stopped'} at step {trainer.step}: {save_dir}")
-    return None if done else EXIT_STOPPED
+        run |= runs.measure_start(
+            trainer.step, options.model, run, lambda: training_tf.validate(trainer, val_rows)
+        )
+        done = trainer.step >= n_steps
+        if not done:
+            with report.RunReport(save_dir, run, trainer.step, options.report) as run_report:
+                hooks = training_tf.make_hooks(trainer, tokenizer, val_rows, run, run_report)
+                done = training_tf.fit(trainer, hooks)
+                run_report.artifact(find_checkpoint(save_dir))
+    return runs.finish(done, trainer.step, run, options)
 
 
 def evaluate_only(options: TFTrainOptions) -> None:
     """Print and save one table of what a checkpoint scores on --val_path or --eval_sets."""
-    from algpt2 import evaluation_sets, model_card, report, runs, training_tf
+    from algpt2 import evaluation_sets, model_card, runs, training_tf
     from algpt2.evaluation_tf import evaluation_model
 
     processes = training_tf.start_processes(options)
@@ -80,27 +83,17 @@ def evaluate_only(options: TFTrainOptions) -> None:
         evaluation_model(model, seq_len, options.optim.batch_size),
         tokenizer, options, precision=str(processes.dtype),
     )  # fmt: skip
-    evaluations = []
-    for one in sets:
-        evaluations.append(evaluator.evaluate(one))
-        results.add(evaluations[-1])
-    report.log(evaluation_sets.result_table(evaluations))
-    report.log(f"written to {results.json_path} and {results.markdown_path.name}")
-    if folder := runs.source_folder(options.model):
-        model_card.publish_evaluation(folder, options.report)
+    evaluation_sets.evaluate_all(evaluator, sets, results, options)
 
 
 def sample_only(options: TFTrainOptions) -> None:
     """Print samples of a checkpoint."""
-    from algpt2 import report, runs, training_tf
-    from algpt2.sampling_tf import sample_texts
+    from algpt2 import runs, sampling, sampling_tf, training_tf
 
     processes = training_tf.start_processes(options)
     tokenizer = runs.choose_tokenizer(options.data, options.model)
     model = training_tf.build_model(options.model, tokenizer, None, processes.dtype)
-    texts = sample_texts(model, tokenizer, options.sample, options.optim.seed)
-    for i, text in enumerate(texts, start=1):
-        report.log(f"--- sample {i} of {len(texts)}\n{text}\n")
+    sampling.print_samples(sampling_tf.sample_texts, model, tokenizer, options)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ Repeat a command (on every worker) and the run continues where it stopped; a fin
 from collections.abc import Sequence
 from pathlib import Path
 
-from algpt2.errors import EXIT_STOPPED, run_script
+from algpt2.errors import run_script
 from algpt2.options import TFRecordOptions, parse
 
 
@@ -24,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     """Train or evaluate as the options say; returns the exit code."""
     options = parse(TFRecordOptions, argv)
     if options.dry_run:
-        return dry_run(options)
+        from algpt2 import dry_run
+
+        return dry_run.run(options)
     return evaluate_only(options) if options.eval_only else train(options)
 
 
@@ -61,15 +63,17 @@ def train(flags: TFRecordOptions) -> int | None:
         )
         run |= runs.describe_model(trainer.model, inputs.seq_len)
         report.log(runs.summary(run, trainer.step))
-        if trainer.step >= n_steps:
-            return None
 
         # 4. Train
-        with report.RunReport(save_dir, run, trainer.step, options.report) as run_report:
-            hooks = training_tf.make_hooks(trainer, tokenizer, val_rows, run, run_report)
-            done = training_tf.fit(trainer, hooks)
-    report.log(f"{'done' if done else 'stopped'} at step {trainer.step}: {save_dir}")
-    return None if done else EXIT_STOPPED
+        run |= runs.measure_start(
+            trainer.step, options.model, run, lambda: training_tf.validate(trainer, val_rows)
+        )
+        done = trainer.step >= n_steps
+        if not done:
+            with report.RunReport(save_dir, run, trainer.step, options.report) as run_report:
+                hooks = training_tf.make_hooks(trainer, tokenizer, val_rows, run, run_report)
+                done = training_tf.fit(trainer, hooks)
+    return runs.finish(done, trainer.step, run, options)
 
 
 def evaluate_only(flags: TFRecordOptions) -> None:
@@ -90,17 +94,6 @@ def evaluate_only(flags: TFRecordOptions) -> None:
     if processes.rank == 0:
         name = Path(str(options.model.checkpoint)).name
         report.log(runs.metrics_table(name, loss, runs.text_totals(rows.manifest)))
-
-
-def dry_run(flags: TFRecordOptions) -> None:
-    """Compile the training step for a TPU slice without it; print memory, FLOPs, or what fits."""
-    from algpt2 import dry_run_tf
-
-    trial = dry_run_tf.prepare(flags)
-    if flags.find_batch:
-        trial.find_batch()
-    else:
-        trial.check(trial.rows_per_core(flags.batch_size))
 
 
 if __name__ == "__main__":

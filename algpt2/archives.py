@@ -8,8 +8,10 @@ Everything that is damaged or cut off is a `Broken` that says where; nothing end
 import io
 import lzma
 import os
+import queue
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from .errors import describe
@@ -26,6 +28,7 @@ __all__ = [
 
 BLOCK = 512  # bytes; a tar consists of blocks
 BUFFER_BYTES = 1 << 20  # read at once
+AHEAD_BYTES, AHEAD_CHUNKS = 1 << 22, 2  # decompressed before they are asked for
 MAX_NAME_BYTES = 1 << 20  # of a long name or a pax header: what is longer is no name
 # Type flags of POSIX ustar, pax and GNU tar.
 REGULAR, LONG_NAME, PAX, PASSED_OVER = b"0\0" + b"7", b"L", b"x", b"gXKVNM"
@@ -112,6 +115,43 @@ class _Xz:
         return True
 
 
+class _ReadAhead:
+    """Reads chunks in a thread: xz decompresses outside of Python's lock, while documents are
+    made of what came before. The chunks are large, as each costs a wait for the lock."""
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        self._read = read
+        self._chunks: queue.Queue[bytes | BaseException] = queue.Queue(AHEAD_CHUNKS)
+        self._rest, self._is_closed = memoryview(b""), False
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        chunk: bytes | BaseException = b"-"
+        while chunk and not isinstance(chunk, BaseException) and not self._is_closed:
+            try:
+                chunk = self._read(AHEAD_BYTES)
+            except BaseException as error:
+                chunk = error
+            self._chunks.put(chunk)
+
+    def read(self, n: int) -> bytes | memoryview:
+        """Up to `n` bytes, none at the end; raises what reading raised."""
+        if not self._rest and not self._is_closed:
+            chunk = self._chunks.get()
+            self._is_closed = not chunk or isinstance(chunk, BaseException)
+            if isinstance(chunk, BaseException):
+                raise chunk
+            self._rest = memoryview(chunk)
+        content, self._rest = self._rest[:n], self._rest[n:]
+        return content
+
+    def close(self) -> None:
+        """Let the thread end."""
+        self._is_closed = True
+        while not self._chunks.empty():
+            self._chunks.get()
+
+
 class _Decompressed(io.RawIOBase):
     """A decompressor's bytes; what it complains about becomes a `Broken`."""
 
@@ -132,6 +172,11 @@ class _Decompressed(io.RawIOBase):
         buffer[: len(content)] = content
         return len(content)
 
+    def close(self) -> None:
+        if isinstance(self._stream, _ReadAhead):
+            self._stream.close()
+        super().close()
+
 
 def byte_range(file: BinaryIO, start: int, stop: int) -> BinaryIO:
     """The bytes [start, stop) of a seekable file as a stream."""
@@ -144,12 +189,18 @@ def look_ahead(stream: BinaryIO, n: int) -> tuple[bytes, BinaryIO]:
     return head, io.BufferedReader(_Prefixed(head, stream), BUFFER_BYTES)
 
 
-def decompressed(file: BinaryIO, compression: str | None, where: str) -> BinaryIO:
-    """`file` decompressed (None: as it is); damaged or cut off compression is a `Broken`."""
+def decompressed(
+    file: BinaryIO, compression: str | None, where: str, *, is_whole: bool = False
+) -> BinaryIO:
+    """`file` decompressed (None: as it is); damaged or cut off compression is a `Broken`.
+
+    Args:
+        is_whole: nobody else reads from `file`: a thread may.
+    """
     if compression is None:
         return file
     if compression == "xz":
-        stream = _Xz(file)
+        stream = _ReadAhead(_Xz(file).read) if is_whole else _Xz(file)
     else:
         import pyarrow as pa  # its zstd notices a file that was cut off; `zstandard` does not
 

@@ -5,7 +5,6 @@ for the slice in a process of its own (tpu_compiler.py), and this module knows t
 what comes back and prints it. A program is that of one core, all-reduce over the slice included.
 """
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import UserError
+from .options import TFRecordOptions
 from .report import log
 
 GIB = 2**30
@@ -49,9 +49,22 @@ class Slice:
     hbm_gib: int  # of one core
     chip_config: str = ""  # v4: two cores of a chip as one
 
+    def rows_per_core(self, batch_size: int) -> int:
+        """Rows of one core of the batch of all.
 
-# generation: (HBM of a replica in GiB, cores of the name in a replica, sizes, largest, chip_config);
-# HBM from cloud.google.com/tpu/docs/v2 ... v6e
+        Raises:
+            UserError: the batch does not divide.
+        """
+        if batch_size % self.n_cores:
+            raise UserError(
+                f"--batch_size {batch_size} is the batch of all cores: expected a multiple of the "
+                f"{self.n_cores} of {self.name}"
+            )
+        return batch_size // self.n_cores
+
+
+# generation: (HBM of a replica in GiB, cores of the name in a replica, sizes, largest,
+# chip_config); HBM from cloud.google.com/tpu/docs/v2 ... v6e
 _GENERATIONS: dict[str, tuple[int, int, dict[int, str], int, str]] = {
     "v2": (8, 1, _TORUS_CORES, 512, ""),
     "v3": (16, 1, _TORUS_CORES, 2048, ""),
@@ -150,8 +163,12 @@ def compile_program(program: bytes, tpu: Slice) -> Compiled | TooLarge:
             env=os.environ | {"PYTHONPATH": python_path}, check=False,
             capture_output=True, text=True, errors="replace",
         )  # fmt: skip
-        with contextlib.suppress(OSError, ValueError):
-            return read_answer(json.loads(paths["answer"].read_text(encoding="utf-8")))
+        try:
+            answer = json.loads(paths["answer"].read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # it died before or while it wrote
+            answer = None
+    if answer is not None:
+        return read_answer(answer)
     last = (process.stderr.strip().splitlines() or ["no message"])[-1]
     raise UserError(
         f"the TPU compiler ended with code {process.returncode} and no answer ({last[:200]}): "
@@ -191,7 +208,8 @@ class DryRun:
 
     tpu: Slice
     program: Program
-    flops_per_row: int  # closed form, of one row in every forward pass of the step
+    seq_len: int  # tokens of a row
+    flops_per_row: int  # closed form, of one row forward and backward
     compiler: Callable[[bytes, Slice], Compiled | TooLarge] = compile_program
 
     def compile(self, rows: int) -> Compiled | TooLarge:
@@ -205,18 +223,18 @@ class DryRun:
     def describe(self, rows: int, compiled: Compiled) -> str:
         """The lines about a batch that fits."""
         tpu, expected = self.tpu, rows * self.flops_per_row
-        total = compiled.total_bytes
+        total, hbm_bytes = compiled.total_bytes, tpu.hbm_gib * GIB
         lines = [
-            f"{tpu.name}: {tpu.n_cores} cores ({tpu.topology}), {rows} rows per core, "
-            f"--batch_size {rows * tpu.n_cores}",
-            f"HBM arguments    {compiled.argument_bytes / GIB:8.3f} GiB per core: weights, "
+            f"{tpu.name}: {tpu.n_cores} cores ({tpu.topology}), {rows} rows of {self.seq_len:,} "
+            f"tokens per core, --batch_size {rows * tpu.n_cores}",
+            f"HBM arguments   {compiled.argument_bytes / GIB:8.3f} GiB per core: weights, "
             "optimizer state, tokens",
-            f"HBM temporaries  {compiled.temp_bytes / GIB:8.3f} GiB: activations, gradients",
-            f"HBM total        {total / GIB:8.3f} GiB of {tpu.hbm_gib} GiB "
-            f"({100 * total / (tpu.hbm_gib * GIB):.0f} %), {compiled.code_bytes / GIB:.3f} of code",
-            f"FLOPs of a step  {compiled.flops / 1e12:8.3f} TFLOP per core, closed form "
+            f"HBM temporaries {compiled.temp_bytes / GIB:8.3f} GiB: activations, gradients",
+            f"HBM total       {total / GIB:8.3f} GiB of {tpu.hbm_gib} GiB "
+            f"({total / hbm_bytes:.0%}), {compiled.code_bytes / GIB:.3f} of it code",
+            f"FLOPs of a pass {compiled.flops / 1e12:8.3f} TFLOP per core, closed form "
             f"{expected / 1e12:.3f}, ratio {compiled.flops / expected:.3f}",
-            f"compile time     {compiled.seconds:8.1f} s",
+            f"compile time    {compiled.seconds:8.1f} s",
         ]
         return "\n".join(lines)
 
@@ -232,17 +250,17 @@ class DryRun:
         log(self.describe(rows, answer))
         return answer
 
-    def find_batch(self) -> int:
-        """Rows per core of the largest batch that fits, to an eighth, printed with its numbers.
+    def find_batch(self) -> tuple[int, Compiled]:
+        """Rows per core of the largest batch that fits, to an eighth, and its program; printed.
 
-        Doubled until it does not fit, then halved between; no more than `MAX_ROWS`.
+        Memory is nearly linear in the rows, so two programs tell about where the end is.
 
         Raises:
             UserError: one row does not fit.
         """
-        fits, too_many = 0, MAX_ROWS + 1
-        rows, best = 1, None
-        while rows < too_many and too_many - fits > max(1, fits // 8):
+        fits: dict[int, Compiled] = {}
+        rows, too_many = 1, MAX_ROWS + 1
+        while rows < too_many:
             answer = self.compile(rows)
             if isinstance(answer, TooLarge):
                 log(f"{rows} rows per core: too large, {answer}")
@@ -250,25 +268,16 @@ class DryRun:
                     raise UserError(self.too_large(rows, answer))
                 too_many = rows
             else:
-                log(f"{rows} rows per core: {answer.total_bytes / GIB:.2f} GiB")
-                fits, best = rows, answer
-            rows = min(2 * fits, MAX_ROWS) if too_many > MAX_ROWS else (fits + too_many) // 2
-        assert best is not None
-        log(self.describe(fits, best))
-        return fits
-
-    def rows_per_core(self, batch_size: int) -> int:
-        """Rows of one core of the batch of all.
-
-        Raises:
-            UserError: the batch does not divide.
-        """
-        if batch_size % self.tpu.n_cores:
-            raise UserError(
-                f"--batch_size {batch_size} is the batch of all cores: expected a multiple of the "
-                f"{self.tpu.n_cores} of {self.tpu.name}"
+                ratio = answer.flops / (rows * self.flops_per_row)
+                gib = answer.total_bytes / GIB
+                log(f"{rows} rows per core: {gib:.2f} GiB, {ratio:.3f} of the closed form's FLOPs")
+                fits[rows] = answer
+            rows = next_rows(
+                {n: one.total_bytes for n, one in fits.items()}, too_many, self.tpu.hbm_gib * GIB
             )
-        return batch_size // self.tpu.n_cores
+        best = max(fits)
+        log(self.describe(best, fits[best]))
+        return best, fits[best]
 
     def too_large(self, rows: int, answer: TooLarge) -> str:
         """One sentence about a batch that does not fit, and what to do."""
@@ -279,3 +288,42 @@ class DryRun:
             f"{rows} rows per core do not fit {self.tpu.name}: the step needs {answer}; "
             f"use {advice}"
         )
+
+
+def next_rows(fits: dict[int, int], too_many: int, hbm_bytes: int) -> int:
+    """Rows to try next; `too_many` if the largest that fits is known to an eighth.
+
+    Args:
+        fits: rows and bytes of the batches that fit.
+        too_many: the smallest number of rows known, or taken, not to fit.
+    """
+    most = max(fits)
+    step = max(1, most // 8)
+    if too_many - most <= step:
+        return too_many
+    if too_many <= MAX_ROWS:
+        return (most + too_many) // 2
+    least = min(fits)
+    if least == most:
+        return 2 * most
+    # Over all of them: near its limit XLA recomputes by itself, and more rows may take less.
+    slope = max(1.0, (fits[most] - fits[least]) / (most - least))
+    guess = most + int((hbm_bytes - fits[most]) / slope)
+    return min(max(most + step, guess), MAX_ROWS)
+
+
+def run(flags: TFRecordOptions) -> None:
+    """`--dry_run`: print what a batch takes, or with `--find_batch` the largest that fits.
+
+    What can be wrong with the command is said before TensorFlow is imported.
+    """
+    tpu = parse_slice(str(flags.dry_run))
+    rows = 0 if flags.find_batch else tpu.rows_per_core(flags.batch_size)
+    check_requirements()
+    from .dry_run_tf import prepare
+
+    trial = prepare(flags, tpu)
+    if flags.find_batch:
+        trial.find_batch()
+    else:
+        trial.check(rows)

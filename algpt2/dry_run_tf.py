@@ -5,25 +5,40 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 
-from .dry_run import DryRun, check_requirements, parse_slice
+from .dry_run import DryRun, Slice
+from .errors import UserError
 from .input_tf import find_shards
 from .modeling_tf_algpt2 import LOSS_ROWS
 from .options import TFRecordOptions, TFTrainOptions
+from .runs import check_rows_fit, source_config
 from .training_tf import build_model, build_optimizer, build_step
 
 
-def prepare(flags: TFRecordOptions) -> DryRun:
-    """The dry run of a train_tfrecords.py command; its shards are read for seq_len alone.
+def prepare(flags: TFRecordOptions, tpu: Slice) -> DryRun:
+    """The dry run of a train_tfrecords.py command on a slice; of its shards seq_len alone is read.
 
     Raises:
-        UserError: no such slice, no compiler, no such model; no `--seq_len` and no shards.
+        UserError: no such model, shards that are not there, rows longer than its positions.
     """
-    tpu = parse_slice(str(flags.dry_run))
-    check_requirements()
-    seq_len = flags.seq_len or find_shards("--train_path", flags.train_path).manifest.seq_len
-    program = StepProgram(flags.train_options(), seq_len, tpu.n_cores)
-    flops = program.model.config.flops_per_token(seq_len) * seq_len * flags.grad_steps
-    return DryRun(tpu, program, flops)
+    options = flags.train_options()
+    config = source_config(options.model)
+    seq_len = _seq_len(flags, config)
+    check_rows_fit(seq_len, config)
+    program = StepProgram(options, seq_len, tpu.n_cores)
+    flops = program.model.config.flops_per_token(seq_len) * seq_len
+    return DryRun(tpu, program, seq_len, flops)
+
+
+def _seq_len(flags: TFRecordOptions, config: dict[str, Any]) -> int:
+    """`--seq_len`, that of the shards, or without either the model's context."""
+    if flags.seq_len:
+        return flags.seq_len
+    try:
+        return find_shards("--train_path", flags.train_path).manifest.seq_len
+    except UserError:
+        if flags.train_path != TFRecordOptions.train_path:
+            raise
+        return config["n_positions"]
 
 
 class SliceReplica(tf.distribute.ReplicaContext):
@@ -73,4 +88,7 @@ class StepProgram:
             tf.TensorSpec([2], tf.int32),
             tf.TensorSpec([], tf.bool),
         ]
-        return self._step.experimental_get_compiler_ir(*specs)(stage="hlo_serialized")
+        # Not for a GPU that happens to be here; without a name TensorFlow draws a number for it.
+        device = tf.config.list_logical_devices("CPU")[0].name
+        lower = self._step.experimental_get_compiler_ir(*specs)
+        return lower(stage="hlo_serialized", device_name=device)

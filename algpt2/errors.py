@@ -9,13 +9,15 @@ EXIT_USER_ERROR = 2  # the command has to be changed
 EXIT_NON_FINITE = 3  # loss or gradient is NaN or infinite: a person has to look
 EXIT_STOPPED = 75  # saved after a signal or at --max_minutes: run the same command again
 
+_left: list[bool] = []
+
 
 class UserError(ValueError):
     """Something the user can mend; the message is one sentence or two and needs no traceback."""
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or gradient that is NaN or infinite, found before it reached the weights."""
+    """A number that is NaN or infinite (or outlier upon outlier), found before it was kept."""
 
 
 def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
@@ -36,9 +38,14 @@ def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
         code = EXIT_NON_FINITE if isinstance(error, NonFiniteError) else EXIT_USER_ERROR
     sys.stdout.flush()
     sys.stderr.flush()
-    if code:
+    if code or _left:
         # Not sys.exit: threads of W&B or a prefetcher must not hold a failed command open.
         os._exit(code)
+
+
+def leave_threads() -> None:
+    """Have `run_script` end the process at once: a thread hangs, and its library waits for it."""
+    _left.append(True)
 
 
 def describe(error: BaseException) -> str:

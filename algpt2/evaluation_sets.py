@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from . import model_card
 from .checkpoints import json_text, write_text
 from .corpus import CorpusReport, documents
 from .detokenizers import DETOKENIZERS
@@ -34,7 +35,7 @@ from .evaluation import (
     text_nats,
 )
 from .options import TrainOptions
-from .report import Progress, log
+from .report import Progress, is_main_process, log
 from .runs import choose_seq_len, open_or_pack, source_folder, text_totals
 from .runs import fingerprint as manifest_fingerprint
 from .tfrecords import MANIFEST_FILE, PackedRows, open_rows, read_manifest
@@ -444,6 +445,21 @@ class ResultFiles:
         evaluations = [*self.evaluations.values()]
         content = json_text({"evaluations": [asdict(one) for one in evaluations]})
         return content, markdown(evaluations).encode(errors="replace").decode()
+
+
+def evaluate_all(
+    evaluator: "Evaluator", sets: Sequence[EvalSet], results: ResultFiles, options: TrainOptions
+) -> None:
+    """Score every set, print one table, keep it: in the files, the card, W&B, on the hub."""
+    evaluations = []
+    for one in sets:
+        evaluations.append(evaluator.evaluate(one))
+        if is_main_process():
+            results.add(evaluations[-1])
+    log(result_table(evaluations))
+    log(f"written to {results.json_path} and {results.markdown_path.name}")
+    if folder := source_folder(options.model):
+        model_card.publish_evaluation(folder, options.report)
 
 
 def _from_record(record: dict[str, Any]) -> Evaluation:

@@ -224,6 +224,9 @@ class ShardInputs:
             self._next()
         return self.tokens, step - self.first
 
+    def row_ids(self, step: int) -> None:
+        """Not known: the shards are read as streams."""
+
     def _next(self) -> None:
         start_s = time.monotonic()
         try:

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .options import OptimOptions, TrainOptions
+from .guard import StepGuard
+from .options import OptimOptions, TrainOptions, seconds_since_start
+from .report import log
 from .schedules import lr_factor
 
 
@@ -20,6 +22,7 @@ class AnyTrainer(Protocol):
     step: int  # optimizer steps taken
     elapsed_s: float  # of training, over all restarts
     peak_lr: float
+    guard: StepGuard
 
     @property
     def tokens_per_step(self) -> int: ...
@@ -30,7 +33,7 @@ class Hooks:
     """What the loop calls between steps."""
 
     tick: Callable[[int, float], None]  # after so many steps, with the loss of the last
-    log: Callable[[dict[str, float]], None]  # a line of metrics
+    log: Callable[[dict[str, float | None]], None]  # a line of metrics
     evaluate: Callable[[bool], dict[str, float]]  # validation metrics; True: the last time
     save: Callable[[], None]
     sample: Callable[[], None]
@@ -67,7 +70,7 @@ def run_loop(
         any_process: True on every process as soon as it is on one.
     """
     report, stop = trainer.options.report, StopSignal()
-    deadline_s = time.monotonic() + 60 * (report.max_minutes or math.inf)
+    max_s = 60 * (report.max_minutes or math.inf)  # at least one step a start, however short it is
     eval_steps = report.eval_steps or max(1, trainer.n_steps // 10)
     save_steps = report.save_steps or eval_steps
     periods = [eval_steps, save_steps, report.logging_steps, report.hist_steps, report.sample_steps]
@@ -86,13 +89,15 @@ def run_loop(
             hooks.histograms()
         if report.sample_steps and step % report.sample_steps == 0:
             hooks.sample()
-        stopping = any_process(stop.received is not None or time.monotonic() > deadline_s)
+        stopping = any_process(stop.received is not None or seconds_since_start() > max_s)
         if last or stopping or step % save_steps == 0:
             hooks.save()
         if stopping and not last:
-            return False
+            break
         meter.restart()
-    return True
+    if trainer.guard.skipped:
+        log(f"skipped as outliers: {trainer.guard.skipped:,} of {trainer.step:,} steps")
+    return trainer.step == trainer.n_steps
 
 
 class Speedometer:
@@ -120,17 +125,26 @@ class Speedometer:
         return speed
 
 
-def step_metrics(trainer: AnyTrainer, loss: float, norm: float, speed: float) -> dict[str, float]:
-    """The line of metrics.jsonl for the step just taken: its own loss in nats, lr, norm, speed."""
+def step_metrics(
+    trainer: AnyTrainer, loss: float, norm: float, speed: float
+) -> dict[str, float | None]:
+    """The line of metrics.jsonl for the step just taken: its own loss in nats, lr, norm, speed.
+
+    A number that is not finite, of a step that was skipped, is None: JSON has no NaN. `skipped`,
+    with `--skip_outliers`, counts the steps of the run without an update.
+    """
+    guard = trainer.guard
+    skipped = {} if guard.z is None else {"skipped": guard.skipped}
     factor = step_lr_factor(trainer.step - 1, trainer.options.optim, trainer.n_steps)
     return {
         "step": trainer.step,
         "tokens": trainer.step * trainer.tokens_per_step,
-        "loss": loss,
+        "loss": loss if math.isfinite(loss) else None,
         "lr": trainer.peak_lr * factor,
-        "grad_norm": norm,
+        "grad_norm": norm if math.isfinite(norm) else None,
         "tokens_per_s": speed,
         "elapsed_s": trainer.elapsed_s,
+        **skipped,
     }
 
 

@@ -2,8 +2,7 @@
 
 Each class says where Keras differs. All of them decay matrices only, inside `update_step`, which is
 what the training step calls in every replica with gradients that are reduced and clipped already
-(Keras' `apply` would reduce them again). Where `ok` is False, gradients and learning rate are zero
-and no weight may change. `slots` are the states under PyTorch's names.
+(Keras' `apply` would reduce them again). `slots` are the states under PyTorch's names.
 """
 
 from typing import Any
@@ -44,9 +43,7 @@ class AdamW(keras.optimizers.AdamW):
     def slots(self) -> dict[str, list[Any]]:
         return {"exp_avg": self._momentums, "exp_avg_sq": self._velocities}
 
-    def update_step(
-        self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor, ok: Any = True
-    ) -> None:
+    def update_step(self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor) -> None:
         i = self._get_variable_index(variable)
         decay_matrix(variable, learning_rate * self.weight_decay)
         apply_adam(
@@ -62,9 +59,7 @@ class SGD(keras.optimizers.SGD):
     def slots(self) -> dict[str, list[Any]]:
         return {"momentum_buffer": self.momentums} if self.momentum else {}
 
-    def update_step(
-        self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor, ok: Any = True
-    ) -> None:
+    def update_step(self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor) -> None:
         if len(variable.shape) >= 2:
             gradient += self.weight_decay * variable
         if self.momentum:
@@ -94,9 +89,7 @@ class Muon(keras.optimizers.Muon):
     def _where(flags: list[bool], variables: list[Any]) -> list[Any]:
         return [v if flag else None for flag, v in zip(flags, variables, strict=True)]
 
-    def update_step(
-        self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor, ok: Any = True
-    ) -> None:
+    def update_step(self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor) -> None:
         i = self._get_variable_index(variable)
         decay_matrix(variable, learning_rate * self.weight_decay)
         buffer, velocity = self.momentums[i], self.adam_velocities[i]
@@ -152,9 +145,7 @@ class Adafactor(keras.optimizers.Optimizer):
     def slots(self) -> dict[str, list[Any]]:
         return self._slots
 
-    def update_step(
-        self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor, ok: Any = True
-    ) -> None:
+    def update_step(self, gradient: tf.Tensor, variable: Any, learning_rate: tf.Tensor) -> None:
         i = self._get_variable_index(variable)
         mean, row, column, full = (variables[i] for variables in self._slots.values())
         lr = learning_rate
@@ -179,7 +170,7 @@ class Adafactor(keras.optimizers.Optimizer):
             update = self.beta_1 * mean + (1 - self.beta_1) * update
             self.assign(mean, update)
         decay_matrix(variable, lr * self.weight_decay)
-        self.assign_sub(variable, tf.where(ok, update, 0.0))
+        self.assign_sub(variable, update)
 
 
 def rms(x: Any) -> tf.Tensor:

@@ -8,6 +8,7 @@ import contextlib
 import io
 import itertools
 import reprlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeVar
@@ -23,6 +24,7 @@ MAX_BATCH = 2**20  # rows; of them ids alone take 8 MB
 BELOW_ONE = 1 - 2**-53
 
 DEFAULT_TOKENIZER = "algpt2-tokenizer"
+_start = {"s": time.monotonic()}  # of the command
 
 
 def parse(
@@ -34,6 +36,7 @@ def parse(
     bare flag (`--overwrite`, `--no_overwrite`); fields of nested dataclasses keep their own names.
     `--help` prints and exits with 0. Unknown flags and bad values: `UserError`.
     """
+    _start["s"] = time.monotonic()
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -48,6 +51,11 @@ def parse(
         if stop.code in (None, 0):
             raise
         raise UserError(_first_sentence(printed.getvalue())) from None
+
+
+def seconds_since_start() -> float:
+    """Seconds since the command line was parsed: what a rented machine has been paid for."""
+    return time.monotonic() - _start["s"]
 
 
 def _first_sentence(box: str) -> str:
@@ -193,6 +201,9 @@ class OptimOptions:
     momentum: float = 0.95  # Muon and SGD
     relative_update_scale: bool = False  # Adafactor: the rate is relative to each weight's RMS
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: never
+    skip_outliers: float | None = None
+    """leave out a batch whose loss or gradient norm is not finite or so many standard deviations
+    above the mean of the last 128 updates (6 is usual); 11 in a row stop the run"""
     batch_size: int = 4  # rows per forward pass, over all processes
     grad_steps: int = 1  # forward passes per optimizer step
     epochs: float = 1.0  # passes over the training rows
@@ -215,7 +226,9 @@ class ReportOptions:
     hist_steps: int | None = None  # steps between histograms of weights and gradients (W&B)
     keep_last: int = 2  # newest checkpoints kept
     milestone_steps: int | None = None  # checkpoints at multiples of this are kept for ever
-    max_minutes: float | None = None  # save and stop after this time; the same command continues
+    max_minutes: float | None = None
+    """save and stop, exit code 75, so long after the start of the script (packing included; a step
+    or an evaluation under way is finished); the same command continues"""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
     wandb_artifacts: bool = False  # the last checkpoint of the run as a W&B artifact, too
     tags: tuple[str, ...] = ()  # W&B tags
@@ -267,7 +280,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         check_positive(self.optim, "batch_size", "grad_steps", "max_steps", "n_tokens", "epochs")
-        check_positive(self.optim, "lr")
+        check_positive(self.optim, "lr", "skip_outliers")
         check_positive(self.data, "seq_len", "n_eval_rows")
         check_positive(self.report, "logging_steps", "eval_steps", "save_steps", "sample_steps")
         check_positive(self.report, "hist_steps", "keep_last", "milestone_steps", "max_minutes")
@@ -320,6 +333,11 @@ class TFTrainOptions(TrainOptions):
         check_positive(self, "n_devices", "steps_per_call")
         if self.optim.fp16 or self.optim.precision == "fp16":
             raise UserError("fp16 needs PyTorch (train_pt.py): expected --precision bf16 or fp32")
+        if self.model.init_from or self.model.init_blocks:
+            raise UserError(
+                "--init_from needs PyTorch: start with train_pt.py and stop it; expected here the "
+                "checkpoint that it leaves, --checkpoint RUN"
+            )
 
 
 @dataclass(frozen=True)
@@ -344,6 +362,9 @@ class TFRecordOptions:
     relative_update_scale: bool = False  # Adafactor: the rate is relative to each weight's RMS
     weight_decay: float = 0.1  # on matrices only
     max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: never
+    skip_outliers: float | None = None
+    """leave out a batch whose loss or gradient norm is not finite or so many standard deviations
+    above the mean of the last 128 updates (6 is usual); 11 in a row stop the run"""
     batch_size: int = 8  # rows per forward pass, over all devices of all hosts
     grad_steps: int = 1  # forward passes per optimizer step
     epochs: float = 1.0  # passes over the training rows
@@ -360,7 +381,9 @@ class TFRecordOptions:
     log_batches: int = 10  # steps between lines of metrics.jsonl
     keep_last: int = 2  # newest checkpoints kept
     milestone_steps: int | None = None  # checkpoints at multiples of this are kept for ever
-    max_minutes: float | None = None  # save and stop after this time; the same command continues
+    max_minutes: float | None = None
+    """save and stop, exit code 75, so long after the start of the script (packing included; a step
+    or an evaluation under way is finished); the same command continues"""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
     tags: tuple[str, ...] = ()  # W&B tags
     seed: int = 42  # of weights, data order and dropout
@@ -393,7 +416,8 @@ class TFRecordOptions:
             optim=OptimOptions(
                 optimizer=self.optimizer, lr=self.lr, lr_schedule=schedule, warmup_steps=warmup,
                 weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm,
-                relative_update_scale=self.relative_update_scale, batch_size=self.batch_size,
+                relative_update_scale=self.relative_update_scale,
+                skip_outliers=self.skip_outliers, batch_size=self.batch_size,
                 grad_steps=self.grad_steps, epochs=self.epochs, max_steps=self.max_steps,
                 precision=self.precision, seed=self.seed, **momentum,
             ),

@@ -31,11 +31,18 @@ from .checkpoints import (
     remove,
     write_record,
 )
-from .corpus import BrokenInput, CorpusReport, describe_sources, list_parts, no_document
+from .corpus import (
+    BrokenInput,
+    CorpusReport,
+    Part,
+    describe_parts,
+    list_parts,
+    no_document,
+)
 from .encoders import ENCODERS, choose_encoder
 from .errors import UserError, describe
 from .options import PackOptions
-from .parallel import available_cores, run_tasks
+from .parallel import available_cores, keep_freed_memory, run_tasks
 from .report import Progress, log
 from .tfrecords import (
     FORMAT_VERSION,
@@ -137,7 +144,10 @@ def pack(
         "shuffle_seed": seed if shuffle_documents else None,
     }
     start_id = _start_id(tokenizer, control_codes) if use_control_codes else None
-    plan = _plan(sources, tokenizer, seq_len, options)
+    report = CorpusReport()
+    # Damage in an archive's list is an error of the work, not of a folder that is done.
+    parts = list(list_parts(sources, report, line_by_line=line_by_line, skip_broken=True))
+    plan = _plan(describe_parts(parts, n_files), tokenizer, seq_len, options)
     with _locked(save_path):
         if overwrite:
             _remove_packing(save_path, plan)
@@ -145,11 +155,11 @@ def pack(
             log(f"{save_path} is done: {summary(finished)}")
             return finished
         running = Running(workers or available_cores(), ray, skip_broken)
-        return _pack(sources, tokenizer, save_path, plan, start_id, running)
+        return _pack(parts, report, tokenizer, save_path, plan, start_id, running)
 
 
 def _plan(
-    sources: list[str], tokenizer: TextTokenizer, seq_len: int, options: dict[str, Any]
+    sources: list[dict], tokenizer: TextTokenizer, seq_len: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     """All that decides the bytes of the shards: the fields of the manifest known beforehand."""
     return {
@@ -159,13 +169,14 @@ def _plan(
         "vocab_size": tokenizer.vocab_size,
         "eot_id": tokenizer.eot_id,
         "tokenizer_sha256": tokenizer.fingerprint,
-        "sources": describe_sources(sources, n_files=options["n_files"]),
+        "sources": sources,
         "options": options,
     }
 
 
 def _pack(
-    sources: list[str],
+    parts: list[Part],
+    report: CorpusReport,
     tokenizer: TextTokenizer,
     save_path: Path,
     plan: dict[str, Any],
@@ -174,9 +185,10 @@ def _pack(
 ) -> Manifest:
     """Both phases; the manifest of the finished folder."""
     start_s = time.monotonic()
+    keep_freed_memory()  # of this process, which may be the only worker
     work = _open_work(save_path, plan)
     try:
-        store, report, encoder = _encode(sources, tokenizer, work, plan, start_id, running)
+        store, encoder = _encode(parts, report, tokenizer, work, plan, start_id, running)
         splits, duplicates = _choose_documents(store, report, plan["options"])
         manifests = {
             name: _write_split(save_path / name, work, store, plan, running, counts, segments)
@@ -225,19 +237,21 @@ def summary(manifest: Manifest) -> str:
 
 
 def _encode(
-    sources: list[str],
+    parts: list[Part],
+    report: CorpusReport,
     tokenizer: TextTokenizer,
     work: Path,
     plan: dict[str, Any],
     start_id: int | None,
     running: Running,
-) -> tuple[TokenStore, CorpusReport, dict[str, Any]]:
-    """Run the tasks; the stored tokens, what was read, and which encoder did it."""
-    options, report = plan["options"], CorpusReport()
+) -> tuple[TokenStore, dict[str, Any]]:
+    """Run the tasks, whose reports are added to `report`; the stored tokens and who encoded."""
+    if report.n_broken and not running.skip_broken:
+        raise BrokenInput(f"{report.broken[0]}; --skip_broken leaves it out and counts it")
+    options = plan["options"]
     reading = {name: options[name] for name in ("line_by_line", "text_key", "min_length")}
     reading["skip_broken"] = running.skip_broken
-    listing = {name: reading[name] for name in ("line_by_line", "skip_broken")}
-    tasks = cut_tasks(list_parts(sources, report, **listing), options["n_files"])
+    tasks = cut_tasks(parts, options["n_files"])
     encoder = _choose_encoder(work, tokenizer, tasks, reading)
     n_examples = options["n_examples"]
     context = Context(
@@ -259,8 +273,8 @@ def _encode(
             if sum(sizes) >= context.max_tokens:
                 break
     if not report.documents:
-        raise no_document(sources, report)
-    return TokenStore(work, tuple(sizes), plan["dtype"]), report, encoder
+        raise no_document([source["source"] for source in plan["sources"]], report)
+    return TokenStore(work, tuple(sizes), plan["dtype"]), encoder
 
 
 def _encoded(

@@ -1,8 +1,10 @@
 """Tasks in this process, in worker processes or on a Ray cluster: the same results, in order."""
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +21,21 @@ def available_cores() -> int:
     with contextlib.suppress(AttributeError):  # macOS, Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory instead of handing each large array back to the kernel.
+
+    Page faults of temporaries otherwise take up to half of a small model's step on a CPU, and a
+    third of the time of writing shards. No effect where the C library is not glibc.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def run_tasks(
@@ -64,6 +81,7 @@ def _in_processes(
 
 def _start_worker() -> None:
     """A worker does not outlive the process that started it, and is one thread."""
+    keep_freed_memory()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
 

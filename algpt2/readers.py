@@ -196,7 +196,7 @@ class PartReader:
 
     def _read_one(self, path: str, stamp: int, kind: str) -> RawTexts:
         with _unchanged(path, stamp) as file:
-            yield from self._read_stream(kind, file, path, path)
+            yield from self._read_stream(kind, file, path, path, is_whole=True)
 
     def _read_lines_part(self, part: "Part") -> RawTexts:
         with _unchanged(part.name, part.stamps[0]) as file:
@@ -257,10 +257,18 @@ class PartReader:
     # Streams: files and members alike.
 
     def _read_stream(
-        self, kind: str, file: BinaryIO, name: str, where: str, depth: int = 0
+        self,
+        kind: str,
+        file: BinaryIO,
+        name: str,
+        where: str,
+        depth: int = 0,
+        *,
+        is_whole: bool = False,
     ) -> RawTexts:
-        """What `file` holds, decompressed if its name says so; `depth` counts the archives."""
-        stream = decompressed(file, split_suffix(name)[1], where)
+        """What `file` holds, decompressed if its name says so; `depth` counts the archives, and of
+        a file that `is_whole` nobody else reads."""
+        stream = decompressed(file, split_suffix(name)[1], where, is_whole=is_whole)
         if kind == "stream":
             head, stream = look_ahead(stream, BLOCK)
             kind = "tar" if is_tar_header(head) else "text"

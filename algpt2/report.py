@@ -7,18 +7,18 @@ import contextlib
 import hashlib
 import importlib.util
 import json
-import netrc
 import os
 import platform
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from .checkpoints import (
@@ -31,7 +31,8 @@ from .checkpoints import (
     write_record,
     write_text,
 )
-from .errors import UserError, describe
+from .errors import UserError
+from .tracker import FINISH_S, STOP_S, UPLOAD_S, Tracker, choose_mode, start_wandb
 
 try:
     import fcntl
@@ -135,7 +136,7 @@ def write(text: str) -> None:
 
 NOT_OF_THE_RUN = {  # options that may change between two starts of the same run
     "report", "sample", "eval", "eval_only", "compressors", "sample_only", "device", "compile",
-    "n_devices", "steps_per_call", "overwrite", "debug",
+    "n_devices", "steps_per_call", "overwrite", "debug", "skip_outliers",
 }  # fmt: skip
 
 
@@ -149,20 +150,22 @@ class RunReport:
     def __init__(self, save_dir: Path, run: dict[str, Any], step: int, report: Any) -> None:
         self.metrics_path, self.samples_path = save_dir / METRICS_FILE, save_dir / SAMPLES_FILE
         self.progress = Progress("train", total=run["steps"], unit="step", initial=step)
-        self.wandb, self.with_artifacts = None, report.wandb_artifacts
+        self.tracker: Tracker | None = None
+        self.with_artifacts = report.wandb_artifacts
         if not is_main_process():
             return
         for path in (self.metrics_path, self.samples_path):
             _keep_lines_until(path, step)
         write_record(save_dir / RUN_FILE, run)
-        self.wandb = _start_wandb(save_dir, run, report)
+        self.tracker = _start_tracker(save_dir, run, report)
 
-    def metrics(self, line: dict[str, float]) -> None:
+    def metrics(self, line: dict[str, float | None]) -> None:
         """Append a line to metrics.jsonl, send it to W&B, show it."""
         if not is_main_process():
             return
         append_json(self.metrics_path, line)
-        self._send({k: v for k, v in line.items() if k != "step"}, line["step"])
+        values = {k: v for k, v in line.items() if k != "step" and v is not None}
+        self._send(lambda: values, line["step"])
         if "val_loss" in line:
             log(
                 f"step {line['step']}: val_loss {line['val_loss']:.4f}, ppl {line['val_ppl']:.2f}, "
@@ -176,52 +179,51 @@ class RunReport:
         for text in texts:
             append_json(self.samples_path, {"step": step, "prompt": prompt, "text": text})
         log(f"sample at step {step}: {texts[0]!r}")
-        if self.wandb is not None:
-            rows = [[step, prompt, text] for text in texts]
-            self._send({"samples": _wandb_table(["step", "prompt", "text"], rows)}, step)
+        rows = [[step, prompt, text] for text in texts]
+        self._send(lambda: {"samples": _wandb_table(["step", "prompt", "text"], rows)}, step)
 
     def histograms(self, step: int, arrays: dict[str, Any]) -> None:
         """Histograms of named arrays; W&B draws them, no other place does."""
-        if self.wandb is not None:
-            import wandb
-
-            self._send({k: wandb.Histogram(v) for k, v in arrays.items()}, step)
+        if self.tracker is None:
+            return
+        # Counted here and now: the arrays may be the weights themselves. Histograms have no NaN.
+        counts = {k: np.histogram(v[np.isfinite(v)], bins=64) for k, v in arrays.items()}
+        self._send(lambda: {k: _wandb_histogram(count) for k, count in counts.items()}, step)
 
     def artifact(self, folder: Path) -> None:
         """A checkpoint folder as a W&B artifact of type "model", if `--wandb_artifacts`."""
         if not self.with_artifacts or not is_main_process():
             return
-        if self.wandb is None:
+        if self.tracker is None:
             log("warning: --wandb_artifacts has no effect without W&B; offline needs no login")
             return
-        try:
+
+        def upload(run: Any) -> None:
             import wandb
 
             name = re.sub(r"[^\w.-]", "-", folder.parent.resolve().name)
             artifact = wandb.Artifact(name, type="model", description=folder.name)
             artifact.add_dir(str(folder))
-            self.wandb.log_artifact(artifact)
-        except Exception as error:
-            log(f"warning: W&B did not take the artifact ({describe(error)}); {folder} has it")
+            run.log_artifact(artifact)
 
-    def _send(self, values: dict[str, Any], step: int) -> None:
-        """Values to W&B; whatever it raises, the run is worth more than its curve there."""
-        if self.wandb is None:
-            return
-        try:
-            self.wandb.log(values, step=step)
-        except Exception as error:
-            log(f"warning: W&B failed ({describe(error)}) and is off; metrics.jsonl goes on")
-            self.wandb = None
+        failure = f"warning: W&B did not take the artifact ({{}}); {_braced(folder)} has it"
+        self.tracker.send(upload, failure)
+
+    def _send(self, values: Callable[[], dict[str, Any]], step: int) -> None:
+        """What `values()` gives, in W&B's thread, to W&B."""
+        if self.tracker is not None:
+            failure = "warning: W&B failed ({}); metrics.jsonl has everything"
+            self.tracker.send(lambda run: run.log(values(), step=step), failure)
 
     def __enter__(self) -> "RunReport":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.progress.__exit__()
-        if self.wandb is not None:
-            with contextlib.suppress(Exception):  # the run is saved; W&B may fail
-                self.wandb.finish()
+        if self.tracker is not None:
+            done = self.progress.done >= (self.progress.total or 0)
+            at_end = UPLOAD_S if self.with_artifacts else FINISH_S
+            self.tracker.finish(at_end if done else STOP_S)
 
 
 def send_table(
@@ -231,20 +233,28 @@ def send_table(
     if not rows or not is_main_process():
         return
     run = read_record(save_dir / RUN_FILE, required=False)
-    wandb_run = _start_wandb(save_dir, run, report)
-    if wandb_run is None:
+    tracker = _start_tracker(save_dir, run, report)
+    if tracker is None:
         return
-    try:
-        wandb_run.log({name: _wandb_table(columns, rows)})
-        wandb_run.finish()
-    except Exception as error:
-        log(f"warning: W&B failed ({describe(error)}); {save_dir} has the table")
+    failure = f"warning: W&B failed ({{}}); {_braced(save_dir)} has the table"
+    tracker.send(lambda wandb_run: wandb_run.log({name: _wandb_table(columns, rows)}), failure)
+    tracker.finish(FINISH_S)
 
 
 def _wandb_table(columns: list[str], rows: list[list[Any]]) -> Any:
     import wandb
 
     return wandb.Table(columns=columns, data=rows)
+
+
+def _wandb_histogram(count: tuple[np.ndarray, np.ndarray]) -> Any:
+    import wandb
+
+    return wandb.Histogram(np_histogram=count)
+
+
+def _braced(path: Path) -> str:
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, Any]:
@@ -262,8 +272,8 @@ def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, 
         others = sorted(p.name for p in save_dir.iterdir() if not p.name.startswith("."))
         if others:
             raise UserError(
-                f"save_dir {save_dir} holds other files ({', '.join(others[:3])}) and no {RUN_FILE}: "
-                "expected an empty folder or a run; choose another --save_dir"
+                f"save_dir {save_dir} holds other files ({', '.join(others[:3])}) and no "
+                f"{RUN_FILE}: expected an empty folder or a run; choose another --save_dir"
             )
         return {**run, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     before = read_record(path, required=False)
@@ -397,32 +407,8 @@ def _keep_lines_until(path: Path, step: int) -> None:
         log(f"warning: {path} has {len(lines):,} lines and there is no checkpoint: starting anew")
 
 
-def _start_wandb(save_dir: Path, run: dict[str, Any], report: Any) -> Any:
-    """A W&B run, or None; never a prompt, and no failure of W&B stops the training."""
-    logged_in = "WANDB_API_KEY" in os.environ or _in_netrc("api.wandb.ai")
-    mode = report.wandb
-    if mode == "auto":
-        mode = "online" if logged_in else "off"
-    elif mode == "online" and not logged_in:
-        log("W&B: not logged in, so offline; `wandb sync` sends the run later")
-        mode = "offline"
+def _start_tracker(save_dir: Path, run: dict[str, Any], report: Any) -> Tracker | None:
+    mode = choose_mode(report.wandb, log)
     if mode == "off":
         return None
-    try:
-        import wandb
-
-        return wandb.init(
-            project="algpt2", dir=save_dir, id=run["wandb_id"], name=save_dir.name,
-            resume="allow" if mode == "online" else None, mode=mode, tags=list(report.tags),
-            config=run, settings=wandb.Settings(silent=True, init_timeout=30),
-        )  # fmt: skip
-    except Exception as error:  # whatever W&B raises, the run is worth more than its curve there
-        log(f"warning: W&B is not available ({describe(error)}); metrics.jsonl has everything")
-        return None
-
-
-def _in_netrc(host: str) -> bool:
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    return Tracker(lambda: start_wandb(save_dir, run, mode, report.tags, log), log)

@@ -1,7 +1,6 @@
 """What a run is before any framework comes in: its tokenizer, rows, length and description."""
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import math
@@ -9,16 +8,17 @@ import os
 import reprlib
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from . import model_card
 from .checkpoints import checkpoint_folders, find_checkpoint, find_config_folder
 from .corpus import cache_dir, describe_sources
-from .errors import UserError, describe
+from .errors import EXIT_STOPPED, UserError, describe
 from .evaluation import TextTotals, table, text_metrics
 from .options import DEFAULT_TOKENIZER, DataOptions, ModelOptions, OptimOptions, TrainOptions
 from .packing import pack
@@ -83,6 +83,11 @@ def check_model_fits(
             f"the tokenizer has {n_ids:,} entries and the model {n_embeddings:,}: expected the "
             f"same; choose another --tokenizer, or train one with --vocab_size {n_embeddings}"
         )
+    check_rows_fit(seq_len, config)
+
+
+def check_rows_fit(seq_len: int | None, config: dict[str, Any]) -> None:
+    """`UserError` if a row is longer than the positions of the model of a config.json."""
     n_positions = context_of(config)
     if seq_len and n_positions and seq_len > n_positions:
         raise UserError(
@@ -173,6 +178,16 @@ def open_or_pack(
             f"pass --seq_len {manifest.seq_len} or pack again"
         )
     return rows
+
+
+def open_both(
+    options: TrainOptions, processes: Any, tokenizer: TextTokenizer, seq_len: int
+) -> tuple[PackedRows, PackedRows]:
+    """`open_or_pack` for training and validation; process 0 packs, the others find it packed."""
+    data = options.data
+    with processes.main_first():
+        rows = open_or_pack(data.train_path, data, tokenizer, seq_len)
+        return rows, open_or_pack(data.val_path, data, tokenizer, seq_len)
 
 
 def pack_into_cache(
@@ -311,6 +326,28 @@ def starts_from_weights(model: ModelOptions) -> bool:
     return bool(model.init_from or (model.checkpoint and not model.from_scratch))
 
 
+def measure_start(
+    step: int, model: ModelOptions, run: dict[str, Any], validate: Callable[[], dict[str, float]]
+) -> dict[str, Any]:
+    """`before` for run.json: the validation metrics of the weights that a new run starts from."""
+    if step or "before" in run or not starts_from_weights(model):
+        return {}
+    log("evaluating the weights that training starts from")
+    return {"before": validate()}
+
+
+def finish(done: bool, step: int, run: dict[str, Any], options: TrainOptions) -> int | None:
+    """The last words of a training and its exit code; of a run that is done also its before and
+    after, and its upload."""
+    save_dir = Path(options.report.save_dir)
+    log(f"{'done' if done else 'stopped'} at step {step}: {save_dir}")
+    if not done:
+        return EXIT_STOPPED
+    log_before_and_after(run, save_dir)
+    model_card.push_to_hub(find_checkpoint(save_dir), options.report.push_to_hub)
+    return None
+
+
 def log_before_and_after(run: dict[str, Any], save_dir: Path) -> None:
     """Print a table of the validation text before the first step and after the last, if known."""
     last = [x for x in read_json_lines(save_dir / METRICS_FILE) if "val_loss" in x][-1:]
@@ -412,21 +449,6 @@ def result_folder(model: ModelOptions) -> Path:
     if folder is None:
         return Path()
     return folder.parent if folder in checkpoint_folders(folder.parent) else folder
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory instead of handing each large tensor back to the kernel.
-
-    A small model's step on a CPU otherwise spends up to half its time in page faults of its
-    temporaries. No effect where the C library is not glibc.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_max = -1, -4
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def metrics_table(name: str, loss: float, totals: TextTotals) -> str:

@@ -1,9 +1,11 @@
-"""Texts of any length from a model with a limited context: framework-free."""
+"""Texts of any length from a model with a limited context, streamed: framework-free."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from . import report
 from .errors import UserError
-from .options import SampleOptions
+from .options import SampleOptions, TrainOptions
 from .tokenization_algpt2 import TextTokenizer
 
 Rows = list[list[int]]
@@ -45,3 +47,47 @@ def extend_texts(
             stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
             text += row[:stop]
     return [t[1:-1] if t[-1] in ends and len(t) > 1 else t[1:] for t in texts]
+
+
+def print_samples(
+    sample_texts: Callable[..., list[str]], model: Any, tokenizer: TextTokenizer,
+    options: TrainOptions,
+) -> None:  # fmt: skip
+    """The samples of `--sample_only`; one alone is printed as it comes.
+
+    Args:
+        sample_texts: that of sampling_pt.py or sampling_tf.py.
+    """
+    code, sample = (options.data.control_codes or (None,))[0], options.sample
+    arguments = (model, tokenizer, sample, options.optim.seed)
+    if sample.n_samples == 1:
+        report.log("--- sample 1 of 1")
+        sample_texts(*arguments, code=code, write=report.write)
+        report.log("\n")
+        return
+    texts = sample_texts(*arguments, code=code)
+    for i, text in enumerate(texts, start=1):
+        report.log(f"--- sample {i} of {len(texts)}\n{text}\n")
+
+
+class TextStream:
+    """Writes one text as its tokens come: whole characters, control codes left out."""
+
+    def __init__(self, tokenizer: TextTokenizer, write: Callable[[str], None]) -> None:
+        self.tokenizer, self.write = tokenizer, write
+        self.ids: list[int] = []
+        self.n_written = 0
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Write what `ids` add to the text, but for a last character that is not whole."""
+        self.ids += [i for i in ids if i not in self.tokenizer.special_ids]
+        self._write(self.tokenizer.decode(self.ids).rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    def finish(self) -> None:
+        """Write what is left."""
+        self._write(self.tokenizer.decode(self.ids))
+
+    def _write(self, text: str) -> None:
+        if len(text) > self.n_written:
+            self.write(text[self.n_written :])
+            self.n_written = len(text)

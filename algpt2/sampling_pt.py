@@ -7,24 +7,9 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from . import report
-from .options import SampleOptions, TrainOptions
-from .sampling import Rows, extend_texts
+from .options import SampleOptions
+from .sampling import Rows, TextStream, extend_texts
 from .tokenization_algpt2 import TextTokenizer
-
-
-def print_samples(model: torch.nn.Module, tokenizer: TextTokenizer, options: TrainOptions) -> None:
-    """The samples of `--sample_only`; one alone is printed as it comes."""
-    code, sample = (options.data.control_codes or (None,))[0], options.sample
-    arguments = (model, tokenizer, sample, options.optim.seed)
-    if sample.n_samples == 1:
-        report.log("--- sample 1 of 1")
-        sample_texts(*arguments, code=code, write=report.write)
-        report.log("\n")
-        return
-    texts = sample_texts(*arguments, code=code)
-    for i, text in enumerate(texts, start=1):
-        report.log(f"--- sample {i} of {len(texts)}\n{text}\n")
 
 
 def sample_texts(
@@ -45,7 +30,7 @@ def sample_texts(
         write: gets the pieces of the text as they are sampled; of one sample only.
     """
     start_id = tokenizer.eot_id if code is None else tokenizer.token_to_id(code)
-    stream = TextStream(tokenizer, write) if write and options.n_samples == 1 else None
+    stream = GenerateStream(tokenizer, write) if write and options.n_samples == 1 else None
     was_training = model.training
     model.eval()
     with torch.random.fork_rng():
@@ -61,7 +46,7 @@ def sample_tokens(
     tokenizer: TextTokenizer,
     options: SampleOptions,
     start_id: int | None = None,
-    stream: "TextStream | None" = None,
+    stream: "GenerateStream | None" = None,
 ) -> Rows:
     """The token ids of the texts, by `generate` of transformers; see `extend_texts`."""
 
@@ -98,35 +83,17 @@ def _flags(window: Tensor, tokenizer: TextTokenizer, options: SampleOptions) -> 
     return flags
 
 
-class TextStream(BaseStreamer):
-    """Writes one text as its tokens come: whole characters, control codes left out."""
+class GenerateStream(TextStream, BaseStreamer):
+    """A text stream that `generate` of transformers feeds."""
 
-    def __init__(self, tokenizer: TextTokenizer, write: Callable[[str], None]) -> None:
-        self.tokenizer, self.write = tokenizer, write
-        self.ids: list[int] = []
-        self.n_written, self.is_prompt = 0, True
-
-    def add(self, ids: list[int]) -> None:
-        """Write what `ids` add to the text, but for a last character that is not whole."""
-        self.ids += ids
-        text = self.tokenizer.decode(self.ids)
-        self._write(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+    is_window = True
 
     def put(self, value: Tensor) -> None:
         """Called by `generate`: first with its window, which is written already, then by token."""
-        if not self.is_prompt:
-            self.add([i for i in value.tolist() if i not in self.tokenizer.special_ids])
-        self.is_prompt = False
+        if not self.is_window:
+            self.add(value.tolist())
+        self.is_window = False
 
     def end(self) -> None:
         """Called by `generate` at the end of a window."""
-        self.is_prompt = True
-
-    def finish(self) -> None:
-        """Write what is left."""
-        self._write(self.tokenizer.decode(self.ids))
-
-    def _write(self, text: str) -> None:
-        if len(text) > self.n_written:
-            self.write(text[self.n_written :])
-            self.n_written = len(text)
+        self.is_window = True

@@ -1,11 +1,13 @@
 """Text from the Keras model: batched, seeded, with a KV cache, as long as one likes."""
 
+from collections.abc import Callable
+
 import numpy as np
 import tensorflow as tf
 
 from .modeling_tf_algpt2 import Cache, TFALGPT2LMHeadModel
 from .options import SampleOptions
-from .sampling import Rows, extend_texts
+from .sampling import Rows, TextStream, extend_texts
 from .tokenization_algpt2 import TextTokenizer
 
 
@@ -16,14 +18,17 @@ def sample_texts(
     seed: int,
     *,
     code: str | None = None,
+    write: Callable[[str], None] | None = None,
 ) -> list[str]:
     """`n_samples` texts that start with the prompt and end at end-of-text or `max_length`.
 
     Args:
         code: control code that stands before the prompt; None: end-of-text.
+        write: gets the pieces of the text as they are sampled; of one sample only.
     """
     start_id = None if code is None else tokenizer.token_to_id(code)
-    rows = sample_tokens(model, tokenizer, options, seed, start_id)
+    stream = TextStream(tokenizer, write) if write and options.n_samples == 1 else None
+    rows = sample_tokens(model, tokenizer, options, seed, start_id, stream)
     return [tokenizer.decode(row) for row in rows]
 
 
@@ -33,6 +38,7 @@ def sample_tokens(
     options: SampleOptions,
     seed: int = 0,
     start_id: int | None = None,
+    stream: TextStream | None = None,
 ) -> Rows:
     """The token ids of the texts; see `extend_texts`."""
     draw, ends = np.random.default_rng(seed), [*tokenizer.special_ids]
@@ -54,13 +60,20 @@ def sample_tokens(
         for i in range(n_new):
             new = choose_tokens(logits.numpy().astype(np.float64), ids, options, draw)
             ids = np.concatenate([ids, new[:, None]], 1)
+            if stream:
+                stream.add(new.tolist())
             ended |= np.isin(new, ends)
             if ended.all() or i == n_new - 1:
                 break
             logits, past = following(tf.constant(ids[:, -1:]), past)
         return ids[:, len(rows[0]) :].tolist()
 
-    return extend_texts(extend, tokenizer, options, model.config.n_positions, start_id)
+    if stream:
+        stream.add(tokenizer.encode_batch([options.prompt])[0].tolist())
+    texts = extend_texts(extend, tokenizer, options, model.config.n_positions, start_id)
+    if stream:
+        stream.finish()
+    return texts
 
 
 def choose_tokens(

@@ -34,7 +34,7 @@ from .report import Progress
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 FEATURE = b"tokens"
-BLOCK_BYTES = 1 << 24  # of records assembled in memory at a time
+BLOCK_BYTES = 1 << 20  # of records assembled in memory at a time
 OPEN_SHARDS = 256  # memory maps held at a time: each holds a file descriptor
 
 T = TypeVar("T")

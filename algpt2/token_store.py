@@ -30,7 +30,7 @@ from .tokenization_algpt2 import TextTokenizer
 
 TASK_FILES, TASK_BYTES = 4096, 64 << 20  # a task has at most so many files, and about so much text
 OPEN_FILES = 64  # of tokens, mapped at a time: each holds a file descriptor
-BATCH_CHARACTERS = 1 << 20  # of text whose tokens are written at once
+BATCH_CHARACTERS = 1 << 18  # of text whose tokens are written at once
 SAMPLE_TASKS, SAMPLE_CHARACTERS = 16, 1 << 16  # of each task, what the encoders are compared on
 
 DOCUMENT = np.dtype(
@@ -140,7 +140,7 @@ def encode_task(
             return result
     report = CorpusReport()
     found: list[np.ndarray] = []
-    encode = _encoder(context.tokenizer, context.encoder)
+    encode = build_encoder(context.tokenizer, context.encoder)
     texts = read_parts(task.parts, **context.reading, limit=task.limit, report=report)
     batches = encode_documents(
         _counted(texts, report) if context.with_documents else zip(texts, itertools.repeat(None)),
@@ -185,11 +185,6 @@ def _check_result(result: dict[str, Any], context: Context) -> None:
         raise UserError("a task's result is damaged")
 
 
-@functools.lru_cache(1)
-def _encoder(tokenizer: TextTokenizer, name: str) -> Encode:
-    return build_encoder(tokenizer, name)
-
-
 def _counted(
     texts: Iterable[str], report: CorpusReport
 ) -> Iterator[tuple[str, tuple[int, int, int, bytes]]]:
@@ -214,16 +209,19 @@ def encode_documents(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The token stream in blocks (n,), each document's tokens behind `start_id` (None: alone),
     with the block's `DOCUMENT` records; `texts` are pairs of a text and its counts or None."""
+    dtype = np.dtype(dtype).newbyteorder("<")
     start = np.array([] if start_id is None else [start_id], dtype)
     for batch in _batches(texts):
         ids = [encode(text) for text, _ in batch]
-        stream = np.concatenate([part for tokens in ids for part in (start, tokens)])
+        parts = [part for tokens in ids for part in (start, tokens)]
+        # In one pass: an array of its own in between would cost more than the conversion.
+        stream = np.concatenate(parts, dtype=dtype, casting="unsafe")
         documents = [
             (len(tokens) + len(start), *counts)
             for tokens, (_, counts) in zip(ids, batch, strict=True)
             if counts is not None
         ]
-        yield stream.astype(np.dtype(dtype).newbyteorder("<")), np.array(documents, DOCUMENT)
+        yield stream, np.array(documents, DOCUMENT)
 
 
 def _batches(texts: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 QUIET = {"TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TPU_LOG_DIR": "disabled"}
-# No metadata server to ask for the slice's hosts, and no device to open.
-NO_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "JAX_PLATFORMS": "cpu"}
+# No metadata server to ask for the slice's hosts, no device to open, none to lock.
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}  # fmt: skip
 
 
 def compile_request(request: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .batches import process_rows
+from .batches import global_rows, process_rows
 from .checkpoints import (
     Checkpoint,
     find_checkpoint,
@@ -33,25 +33,22 @@ from .checkpoints import (
 )
 from .configuration_algpt2 import MAX_LAYERS, ALGPT2Config
 from .convert_pt import start_model
-from .errors import NonFiniteError, UserError, describe
+from .errors import UserError, describe
 from .evaluation import text_metrics
+from .guard import Hint, StepGuard, check_finite
 from .loop import Hooks, run_loop, step_lr_factor
 from .modeling_algpt2 import ALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TrainOptions
+from .parallel import keep_freed_memory
 from .report import RunReport, log
-from .runs import (
-    check_memory,
-    check_model_fits,
-    keep_freed_memory,
-    peak_lr,
-    starts_from_weights,
-    text_totals,
-)
+from .runs import check_memory, check_model_fits, peak_lr, text_totals
 from .sampling_pt import sample_texts
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+# A gradient that overflows here, after 30 halvings of the scaler's, is infinite at any scale.
+MIN_LOSS_SCALE = 1e-4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -391,10 +388,12 @@ class Trainer:
     n_steps: int
     step: int = 0  # optimizer steps taken
     elapsed_s: float = 0.0  # of training, over all restarts
+    guard: StepGuard = field(init=False)  # judges each step before its update
     wrapped: nn.Module = field(init=False)  # the model as it is called: compiled, distributed
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
+        self.guard = StepGuard(self.options.optim.skip_outliers)
         self.wrapped = torch.compile(self.model) if self.options.compile else self.model
         if self.processes.count > 1:
             self.wrapped = DistributedDataParallel(self.wrapped)
@@ -423,6 +422,17 @@ class Trainer:
             )  # fmt: skip
             yield self.rows[ids]
 
+    def hint(self) -> Hint:
+        """What to say if the coming step is bad."""
+        optim = self.options.optim
+        micro_steps = range(self.step * optim.grad_steps, (self.step + 1) * optim.grad_steps)
+        ids = [
+            global_rows(i, n_rows=len(self.rows), batch_rows=optim.batch_size, seed=optim.seed)
+            for i in micro_steps
+        ]
+        is_low = self.processes.dtype != torch.float32
+        return Hint(self.options.report.save_dir, np.concatenate(ids).tolist(), is_low)
+
 
 def build_trainer(
     options: TrainOptions,
@@ -450,9 +460,32 @@ def build_trainer(
 def train_step(trainer: Trainer) -> tuple[float, float]:
     """One optimizer step: mean loss in nats per token of the global batch, and gradient norm.
 
+    A step that `--skip_outliers` leaves out counts, but changes neither weights nor optimizer.
+
     Raises:
         NonFiniteError: loss or gradient is NaN or infinite; raised before the update.
     """
+    options = trainer.options.optim
+    loss, norm = _gradients(trainer)
+    scaler = trainer.scaler
+    # With a scaler an infinite norm is an overflow: no update, and a smaller scale from now on.
+    overflow = scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm)
+    if overflow and scaler.get_scale() >= MIN_LOSS_SCALE:
+        updates = False
+    else:
+        updates = trainer.guard.accepts(loss, norm)
+        trainer.guard.note(trainer.step + 1, loss, norm, updates, trainer.hint)
+    if updates:
+        trainer.optimizers.set_lr(step_lr_factor(trainer.step, options, trainer.n_steps))
+        trainer.optimizers.step(scaler)
+    else:
+        scaler.update()
+    trainer.step += 1
+    return loss, norm
+
+
+def _gradients(trainer: Trainer) -> tuple[float, float]:
+    """Clipped gradients of the coming step, all processes'; loss and norm, the same on all."""
     options, processes = trainer.options.optim, trainer.processes
     seed_step(options.seed, trainer.step, processes.rank)
     trainer.model.train()
@@ -468,18 +501,12 @@ def train_step(trainer: Trainer) -> tuple[float, float]:
                 loss = mean_loss(trainer.wrapped, rows, processes.device) / options.grad_steps
             trainer.scaler.scale(loss).backward()
         total += loss.detach()
-    loss_value = processes.mean(total).item()
     for optimizer in trainer.optimizers.optimizers:
         trainer.scaler.unscale_(optimizer)
     max_norm = options.max_grad_norm or math.inf
-    norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), max_norm).item()
-    # With a scaler an infinite norm is an overflow: the scaler skips the step and scales down.
-    if not math.isfinite(loss_value) or not (math.isfinite(norm) or trainer.scaler.is_enabled()):
-        raise NonFiniteError(f"step {trainer.step + 1}: loss {loss_value}, gradient norm {norm}")
-    trainer.optimizers.set_lr(step_lr_factor(trainer.step, options, trainer.n_steps))
-    trainer.optimizers.step(trainer.scaler)
-    trainer.step += 1
-    return loss_value, norm
+    norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), max_norm)
+    loss_value, norm_value = processes.mean(torch.stack([total, norm.to(total)])).tolist()
+    return loss_value, norm_value
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -526,15 +553,6 @@ def validate(trainer: Trainer, rows: PackedRows, n_rows: int | None = None) -> d
     return text_metrics(loss, text_totals(rows.manifest))
 
 
-def measure_start(trainer: Trainer, rows: PackedRows, run: dict[str, Any]) -> dict[str, Any]:
-    """`before` for run.json: the validation metrics of the weights that a new run starts from."""
-    is_new = trainer.step == 0 and "before" not in run
-    if not is_new or not starts_from_weights(trainer.options.model):
-        return {}
-    log("evaluating the weights that training starts from")
-    return {"before": validate(trainer, rows)}
-
-
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
@@ -545,18 +563,23 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer, state: dict[str, Any]
         state: what `training_state.json` holds besides step and scaler.
     Raises:
         OSError: no space or no permission.
+        NonFiniteError: the last update left NaN or Inf in weights or optimizer; nothing written.
     """
+    tensors = trainer.optimizers.state_tensors()
+    everything = {**dict(trainer.model.named_parameters()), **tensors}
+    bad = [name for name, tensor in everything.items() if not torch.isfinite(tensor).all()]
+    check_finite(bad, trainer.step, trainer.options.report.save_dir)
 
     def fill(folder: Path) -> None:
         trainer.model.save_pretrained(folder)
         tokenizer.save(folder)
-        save_file(trainer.optimizers.state_tensors(), folder / OPTIMIZER_FILE)
+        save_file(tensors, folder / OPTIMIZER_FILE)
 
     if trainer.processes.rank == 0:
         report = trainer.options.report
         state = {
             **state, "elapsed_s": trainer.elapsed_s, "scaler": trainer.scaler.state_dict(),
-            "tokens": trainer.step * trainer.tokens_per_step,
+            "tokens": trainer.step * trainer.tokens_per_step, "outliers": trainer.guard.state(),
         }  # fmt: skip
         try:
             write_checkpoint(Path(report.save_dir), trainer.step, fill, state)
@@ -573,7 +596,8 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer, state: dict[str, Any]
 
 
 def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Optimizer state, step and scaler of a checkpoint (the model was built from it already).
+    """Optimizer state, step, scaler and outlier statistics of a checkpoint (the model was built
+    from it already).
 
     Raises:
         UserError: the state is not one of this model and optimizer.
@@ -583,6 +607,7 @@ def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
         if trainer.scaler.is_enabled():
             trainer.scaler.load_state_dict(checkpoint.state["scaler"])
         trainer.step, trainer.elapsed_s = checkpoint.step, float(checkpoint.state["elapsed_s"])
+        trainer.guard.load(checkpoint.state.get("outliers", {}))
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {describe(error)}"
         raise UserError(f"{checkpoint.folder} is damaged ({reason})") from error

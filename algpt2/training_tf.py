@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from . import optimizers_tf, report
-from .batches import process_rows
+from .batches import global_rows, process_rows
 from .checkpoints import (
     Checkpoint,
     find_checkpoint,
@@ -31,13 +31,15 @@ from .checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from .errors import NonFiniteError, UserError, describe
+from .errors import UserError, describe
 from .evaluation import text_metrics
+from .guard import MIN_STEPS, Hint, StepGuard, check_finite
 from .loop import Hooks, run_loop, step_lr_factor
 from .modeling_tf_algpt2 import TFALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TFTrainOptions
+from .parallel import keep_freed_memory
 from .report import RunReport, log, process_index
-from .runs import check_memory, check_model_fits, keep_freed_memory, peak_lr, text_totals
+from .runs import check_memory, check_model_fits, peak_lr, text_totals
 from .sampling_tf import sample_texts
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer
@@ -207,6 +209,11 @@ def build_model(
         if tokenizer is not None:
             exact = not options.checkpoint
             check_model_fits(config.to_dict(), tokenizer, seq_len, exact=exact)
+            if tokenizer.vocab_size > config.vocab_size:
+                raise UserError(
+                    f"--control_codes: {tokenizer.n_new_codes} are new to {source}: expected codes "
+                    "that it has; train_pt.py adds new ones, and its run continues here"
+                )
         if options.checkpoint and not options.from_scratch:
             model = TFALGPT2LMHeadModel.from_pretrained(source, dtype=dtype)
         else:
@@ -266,10 +273,13 @@ def load_state_tensors(
 ) -> None:
     """Inverse of `state_tensors`.
 
+    Args:
+        step: of the run; the optimizer's own, which skipped steps are not in, goes before it.
     Raises:
         UserError: a tensor belongs to no parameter of the model, or a state is missing.
     """
-    optimizer.iterations.assign(step)
+    counted = [int(value) for key, value in tensors.items() if key.endswith("/step")]
+    optimizer.iterations.assign(max(counted, default=step))
     left = {key for key in tensors if not key.endswith(("/step", "/RMS"))}
     for i, name in enumerate(model.named_parameters()):
         for slot, variables in optimizer.slots.items():
@@ -310,9 +320,10 @@ def build_step(
     Args:
         compiled: compile loss and gradients with XLA; collectives and update stay outside.
     Returns:
-        step(rows, lr, seed, ok) with rows (grad_steps, B, T + 1) of this replica, lr scalar,
-        seed (2,) int32 of the step and ok a scalar bool; mean loss and gradient norm over all
-        replicas, and whether both are finite (and `ok` was). If not, the weights stay.
+        step(rows, lr, seed, ok, limits) with rows (grad_steps, B, T + 1) of this replica, lr
+        scalar, seed (2,) int32 of the step, ok a scalar bool and limits (2,) the largest loss and
+        norm; mean loss and gradient norm over all replicas, and whether both are finite and within
+        the limits (and `ok` was). If not, weights and optimizer stay as they are.
     """
 
     def gradients(rows: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
@@ -324,19 +335,20 @@ def build_step(
         gradients = tf.function(gradients, jit_compile=True)
 
     def step(
-        rows: tf.Tensor, lr: tf.Tensor, seed: tf.Tensor, ok: tf.Tensor
+        rows: tf.Tensor, lr: tf.Tensor, seed: tf.Tensor, ok: tf.Tensor, limits: Any = (np.inf,) * 2
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         context = tf.distribute.get_replica_context()
         seed = _fold(seed, context.replica_id_in_sync_group)
-        loss, grads = _accumulate(gradients, rows, seed)
+        shapes = [variable.shape for variable in model.trainable_variables]
+        loss, grads = _accumulate(gradients, rows, seed, shapes)
         loss, *grads = context.all_reduce(tf.distribute.ReduceOp.MEAN, [loss, *grads])
         norm = tf.linalg.global_norm(grads)
         ok = ok & tf.math.is_finite(loss) & tf.math.is_finite(norm)
-        scale = tf.minimum(1.0, optim.max_grad_norm / (norm + 1e-6)) if optim.max_grad_norm else 1.0
-        scale = tf.where(ok, scale, 0.0)
-        # Where the scale is zero this gives zeros for NaN too, in the pass that clipping takes.
-        grads = [tf.math.multiply_no_nan(gradient, scale) for gradient in grads]
-        _update(optimizer, model.trainable_variables, grads, tf.where(ok, lr, 0.0), ok)
+        ok = ok & (loss <= limits[0]) & (norm <= limits[1])
+        if optim.max_grad_norm:
+            scale = tf.minimum(1.0, optim.max_grad_norm / (norm + 1e-6))
+            grads = [gradient * scale for gradient in grads]
+        _update(optimizer, model.trainable_variables, grads, lr, ok)
         return loss, norm, ok
 
     return step
@@ -347,9 +359,9 @@ def _fold(seed: tf.Tensor, value: Any) -> tf.Tensor:
 
 
 def _accumulate(
-    gradients: Callable[..., Any], rows: tf.Tensor, seed: tf.Tensor
+    gradients: Callable[..., Any], rows: tf.Tensor, seed: tf.Tensor, shapes: list[Any]
 ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-    """Mean loss and gradients over the forward passes rows[0], rows[1] ..."""
+    """Mean loss and gradients (of `shapes`) over the forward passes rows[0], rows[1] ..."""
     n = rows.shape[0]
     if n == 1:
         return gradients(rows[0], seed)
@@ -358,28 +370,33 @@ def _accumulate(
         more, grads = gradients(rows[i], _fold(seed, i))
         return i + 1, loss + more / n, [a + b / n for a, b in zip(sums, grads, strict=True)]
 
-    first, grads = gradients(rows[0], seed)
-    start = (tf.constant(1), first / n, [gradient / n for gradient in grads])
-    _, loss, sums = tf.while_loop(lambda i, *_: i < n, body, start, maximum_iterations=n - 1)
+    # From zero on, so that the program holds the model once.
+    start = (tf.constant(0), tf.zeros([]), [tf.zeros(shape) for shape in shapes])
+    _, loss, sums = tf.while_loop(lambda i, *_: i < n, body, start, maximum_iterations=n)
     return loss, sums
 
 
 def _update(
     optimizer: Any, variables: list[Any], grads: list[tf.Tensor], lr: tf.Tensor, ok: tf.Tensor
 ) -> None:
-    """The optimizer's update in every replica, with gradients that are the same in all."""
+    """The optimizer's update in every replica if `ok`; gradients and `ok` are the same in all."""
+
+    def update_one(variable: Any, gradient: tf.Tensor, lr: tf.Tensor, ok: tf.Tensor) -> None:
+        def take() -> tf.Tensor:
+            optimizer.update_step(gradient, variable, lr)
+            return ok
+
+        tf.cond(ok, take, lambda: ok)
 
     def update(strategy: tf.distribute.Strategy, grads: list[Any], lr: Any, ok: Any) -> None:
         for variable, gradient in zip(variables, grads, strict=True):
             strategy.extended.update(
-                variable.value,
-                lambda v, g, lr, ok: optimizer.update_step(g, v, lr, ok),
-                args=(gradient, lr, ok), group=False,
-            )  # fmt: skip
+                variable.value, update_one, args=(gradient, lr, ok), group=False
+            )
 
     strategy = tf.distribute.get_strategy()
     tf.__internal__.distribute.interim.maybe_merge_call(update, strategy, grads, lr, ok)
-    optimizer.iterations.assign_add(1)
+    optimizer.iterations.assign_add(tf.cast(ok, optimizer.iterations.dtype))
 
 
 class Inputs(Protocol):
@@ -390,6 +407,9 @@ class Inputs(Protocol):
 
     def take(self, step: int) -> tuple[Any, int]:
         """Tokens (S, grad_steps, B / replicas, T + 1) on each replica; place of `step` in them."""
+
+    def row_ids(self, step: int) -> list[int] | None:
+        """Ids of the rows of `step`, of all replicas; None: not known without reading them."""
 
 
 class RowInputs:
@@ -405,6 +425,14 @@ class RowInputs:
         if self.first < 0 or not self.first <= step < self.first + n_steps:
             self.first, self.tokens = step, self._read(step, n_steps)
         return self.tokens, step - self.first
+
+    def row_ids(self, step: int) -> list[int]:
+        optim = self.options.optim
+        ids = [
+            global_rows(i, n_rows=len(self.rows), batch_rows=optim.batch_size, seed=optim.seed)
+            for i in range(step * optim.grad_steps, (step + 1) * optim.grad_steps)
+        ]
+        return np.concatenate(ids).tolist()
 
     def _read(self, step: int, n_steps: int) -> Any:
         optim, processes = self.options.optim, self.processes
@@ -433,12 +461,15 @@ class Trainer:
     n_steps: int
     step: int = 0  # optimizer steps taken
     elapsed_s: float = 0.0  # of training, over all restarts
+    guard: StepGuard = field(init=False)  # judges each step before its update
     run_steps: Callable[..., Any] = field(init=False)  # several steps in one call
 
     def __post_init__(self) -> None:
         options = self.options
         step = build_step(self.model, self.optimizer, options.optim, options.compile)
-        self.run_steps = _build_run(self.processes.strategy, step, options.steps_per_call)
+        self.guard = StepGuard(options.optim.skip_outliers)
+        strategy, n = self.processes.strategy, options.steps_per_call
+        self.run_steps = _build_run(strategy, step, n, self.guard)
 
     @property
     def peak_lr(self) -> float:
@@ -451,27 +482,58 @@ class Trainer:
         optim = self.options.optim
         return optim.batch_size * optim.grad_steps * self.inputs.seq_len
 
+    def hint(self) -> Hint:
+        """What to say if the coming step is bad."""
+        is_low = self.processes.dtype != "float32"
+        return Hint(self.options.report.save_dir, self.inputs.row_ids(self.step), is_low)
+
 
 def _build_run(
-    strategy: tf.distribute.Strategy, step: Callable[..., Any], steps_per_call: int
-) -> Callable[..., Any]:
-    """`run(tokens, offset, lrs, seeds)`: len(lrs) steps; losses, norms and flags of each."""
+    strategy: tf.distribute.Strategy, step: Callable[..., Any], steps_per_call: int,
+    guard: StepGuard,
+) -> Callable[..., Any]:  # fmt: skip
+    """`run(tokens, offset, lrs, seeds, window, in_row)`: len(lrs) steps; losses, norms and flags
+    of each.
+
+    `window` and `in_row` are the guard's before the first step. They go from step to step in here,
+    so that a call of several steps judges each by all before it, as calls of one step do.
+    """
 
     def one(tokens: tf.Tensor, i: tf.Tensor, *rest: tf.Tensor) -> Any:
         return step(tokens[i], *rest)
 
     @tf.function(reduce_retracing=True)
-    def run(tokens: Any, offset: tf.Tensor, lrs: tf.Tensor, seeds: tf.Tensor) -> Any:
-        ok, n = tf.constant(True), tf.shape(lrs)[0]
+    def run(
+        tokens: Any, offset: tf.Tensor, lrs: tf.Tensor, seeds: tf.Tensor, window: tf.Tensor,
+        in_row: tf.Tensor,
+    ) -> Any:  # fmt: skip
+        n = tf.shape(lrs)[0]
         results = tf.TensorArray(tf.float32, n, element_shape=[3])
         for i in tf.range(n) if steps_per_call > 1 else range(1):
-            answer = strategy.run(one, args=(tokens, offset + i, lrs[i], seeds[i], ok))
+            rest = lrs[i], seeds[i], in_row <= guard.max_in_row, limits(window, guard.z)
+            answer = strategy.run(one, args=(tokens, offset + i, *rest))
             # The same numbers in every replica: the first of this process.
             loss, norm, ok = (strategy.experimental_local_results(x)[0] for x in answer)
             results = results.write(i, tf.stack([loss, norm, tf.cast(ok, tf.float32)]))
+            if guard.z is not None:
+                longer = tf.concat([window[:, 1:], tf.stack([loss, norm])[:, None]], 1)
+                window = tf.where(ok, longer, window)
+            in_row = tf.where(ok, 0, in_row + 1)
         return results.stack()
 
     return run
+
+
+def limits(window: tf.Tensor, z: float | None) -> tf.Tensor:
+    """`StepGuard.limits` of a `StepGuard.window` as a tensor."""
+    if z is None:
+        return tf.constant([np.inf, np.inf], tf.float32)
+    known = ~tf.math.is_nan(window)
+    n = tf.reduce_sum(tf.cast(known[0], tf.float32))
+    mean = tf.reduce_sum(tf.where(known, window, 0.0), 1) / n
+    squares = tf.where(known, window - mean[:, None], 0.0) ** 2
+    most = mean + z * tf.sqrt(tf.reduce_sum(squares, 1) / n)
+    return tf.where(n >= MIN_STEPS, most, np.inf)
 
 
 def open_run(
@@ -525,11 +587,13 @@ def train_step(trainer: Trainer) -> tuple[float, float]:
 def train_steps(trainer: Trainer, n: int) -> tuple[float, float]:
     """`n` optimizer steps; loss and gradient norm of the last.
 
+    A step that `--skip_outliers` leaves out counts, but changes neither weights nor optimizer.
+
     Raises:
         NonFiniteError: of the first step whose loss or gradient is not finite; the weights are
             those before that step.
     """
-    optim, done = trainer.options.optim, trainer.step + n
+    optim, guard, done = trainer.options.optim, trainer.guard, trainer.step + n
     while trainer.step < done:
         tokens, offset = trainer.inputs.take(trainer.step)
         steps = range(
@@ -538,12 +602,10 @@ def train_steps(trainer: Trainer, n: int) -> tuple[float, float]:
         factors = [step_lr_factor(step, optim, trainer.n_steps) for step in steps]
         lrs = np.array([trainer.peak_lr * factor for factor in factors], np.float32)
         seeds = np.array([step_seed(optim.seed, step) for step in steps], np.int32)
-        results = trainer.run_steps(
-            tokens, tf.constant(offset), tf.constant(lrs), tf.constant(seeds)
-        )
+        numbers = (offset, lrs, seeds, guard.window(), guard.in_row)
+        results = trainer.run_steps(tokens, *map(tf.constant, numbers))
         for loss, norm, ok in results.numpy().tolist():
-            if not ok:
-                raise NonFiniteError(f"step {trainer.step + 1}: loss {loss}, gradient norm {norm}")
+            guard.note(trainer.step + 1, loss, norm, bool(ok), trainer.hint)
             trainer.step += 1
     return loss, norm
 
@@ -590,6 +652,13 @@ def evaluate(
     return total / len(ids)
 
 
+def validate(trainer: Trainer, rows: PackedRows, n_rows: int | None = None) -> dict[str, float]:
+    """`val_loss` and what follows from it, of the model as it is now."""
+    batch_size = trainer.options.optim.batch_size
+    loss = evaluate(trainer.model, rows, trainer.processes, batch_size, n_rows)
+    return text_metrics(loss, text_totals(rows.manifest))
+
+
 @functools.lru_cache(maxsize=1)
 def _eval_step(model: TFALGPT2LMHeadModel, strategy: tf.distribute.Strategy) -> Callable[..., Any]:
     """Weighted sum of the mean losses of rows (B, T + 1) over all replicas."""
@@ -618,19 +687,24 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer | None, state: dict[st
         state: what `training_state.json` holds besides step and times.
     Raises:
         OSError: no space or no permission.
+        NonFiniteError: the last update left NaN or Inf in weights or optimizer; nothing written.
     """
+    tensors = state_tensors(trainer.model, trainer.optimizer)
+    everything = {n: v.numpy() for n, v in trainer.model.named_parameters().items()} | tensors
+    bad = [name for name, array in everything.items() if not np.isfinite(array).all()]
+    check_finite(bad, trainer.step, trainer.options.report.save_dir)
 
     def fill(folder: Path) -> None:
         trainer.model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save(folder)
-        save_file(state_tensors(trainer.model, trainer.optimizer), folder / OPTIMIZER_FILE)
+        save_file(tensors, folder / OPTIMIZER_FILE)
 
     if trainer.processes.rank == 0:
         kept = trainer.options.report
         state = {
             **state, "elapsed_s": trainer.elapsed_s, "scaler": {},
-            "tokens": trainer.step * trainer.tokens_per_step,
+            "tokens": trainer.step * trainer.tokens_per_step, "outliers": trainer.guard.state(),
         }  # fmt: skip
         try:
             write_checkpoint(Path(kept.save_dir), trainer.step, fill, state)
@@ -644,7 +718,7 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer | None, state: dict[st
 
 
 def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Optimizer state and step of a checkpoint (the model was built from it already).
+    """Optimizer state, step and outlier statistics of a checkpoint (the model was built from it).
 
     Raises:
         UserError: the state is not one of this model and optimizer.
@@ -652,6 +726,7 @@ def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
     try:
         tensors = load_file(checkpoint.folder / OPTIMIZER_FILE)
         trainer.step, trainer.elapsed_s = checkpoint.step, float(checkpoint.state["elapsed_s"])
+        trainer.guard.load(checkpoint.state.get("outliers", {}))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {describe(error)}"
         raise UserError(f"{checkpoint.folder} is damaged ({reason})") from error
@@ -679,25 +754,23 @@ def make_hooks(
         seen.update(elapsed_s=trainer.elapsed_s, wait_s=trainer.inputs.wait_s)
         run_report.metrics(line | {"input_wait": waited})
 
-    def validate(last: bool) -> dict[str, float]:
-        n_rows = None if last else options.data.n_eval_rows
-        batch_size = options.optim.batch_size
-        loss = evaluate(model, val_rows, trainer.processes, batch_size, n_rows)
-        return text_metrics(loss, text_totals(val_rows.manifest))
+    def evaluate_now(last: bool) -> dict[str, float]:
+        return validate(trainer, val_rows, None if last else options.data.n_eval_rows)
 
     def save() -> None:
         save_state(trainer, tokenizer, {key: run[key] for key in ("options", "data", "versions")})
 
     def sample() -> None:
         if trainer.processes.rank == 0 and tokenizer is not None:
-            texts = sample_texts(model, tokenizer, options.sample, options.optim.seed)
+            code = (options.data.control_codes or (None,))[0]
+            texts = sample_texts(model, tokenizer, options.sample, options.optim.seed, code=code)
             run_report.samples(trainer.step, options.sample.prompt, texts)
 
     def histograms() -> None:
         parameters = model.named_parameters().items()
         run_report.histograms(trainer.step, {f"weights/{n}": v.numpy() for n, v in parameters})
 
-    return Hooks(tick, write, validate, save, sample, histograms)
+    return Hooks(tick, write, evaluate_now, save, sample, histograms)
 
 
 def fit(trainer: Trainer, hooks: Hooks) -> bool:

@@ -6,7 +6,9 @@ One run, alternating, each in a process of its own on one core; medians of MB of
 
     ours         make_tfrecords.py: shards with checksums and manifest
     ours, 2      the same on two cores
-    ceiling      reading the files and the bare encoder, nothing written
+    ours, xz     the same from one .tar.xz of the files, on two cores: one decompresses
+    xz -dc       that file to nowhere
+    ceiling      listing and reading the files, and the bare encoder, nothing written
     common       datasets.map with the fast transformers tokenizer in batches, written as uint16
     original     one document at a time, int64 features in TFRecords (the 2020 project's method)
 
@@ -21,6 +23,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -28,28 +31,43 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-METHODS = {"ours": 1, "ours, 2": 1, "ceiling": 1, "common": 10, "original": 100}
+METHODS = {
+    "ours": 1, "ours, 2": 1, "ours, xz": 1, "xz -dc": 1, "ceiling": 1, "common": 10, "original": 100
+}  # fmt: skip
+TWO_CORES = ("ours, 2", "ours, xz")
 TOKENIZER = str(ROOT / "algpt2" / "algpt2-tokenizer")
 SEQ_LEN = 1024
 
 
-def ours(paths: list[str], folder: Path, workers: int = 1) -> int:
+def ours(paths: list[str], folder: Path, workers: int = 1, source: str | None = None) -> int:
     """Bytes on disk of the shards."""
     import make_tfrecords
 
-    source = str(Path(paths[0]).parent)
+    source = source or str(Path(paths[0]).parent)
     make_tfrecords.main(["--path", source, "--save_path", str(folder), "--seq_len", str(SEQ_LEN),
                          "--workers", str(workers)])  # fmt: skip
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
+def xz(paths: list[str], folder: Path) -> int:
+    """`xz -dc`."""
+    command = ["xz", "-dc", archive_of(paths)]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    return 0
+
+
+def archive_of(paths: list[str]) -> str:
+    """Where the .tar.xz of the files lies."""
+    return f"{Path(paths[0]).parent}.tar.xz"
+
+
 def ceiling(paths: list[str], folder: Path) -> int:
-    """Read every file, encode it, keep nothing."""
+    """List the files, read and encode each, keep nothing."""
     from algpt2.encoders import FastEncoder
     from algpt2.tokenization_algpt2 import load_tokenizer
 
     encoder = FastEncoder(load_tokenizer(TOKENIZER))._encoder
-    for path in paths:
+    for path in sorted(entry.path for entry in os.scandir(Path(paths[0]).parent)):
         with open(path, "rb") as file:  # noqa: PTH123
             encoder.encode(file.read())
     return 0
@@ -104,14 +122,15 @@ def run_one(method: str, folder: str) -> None:
     """In a process of its own: time a method on the files of `folder`, print what it measured."""
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
                    "TF_CPP_MIN_LOG_LEVEL": "3"}  # fmt: skip
-    if method != "ours, 2" and hasattr(os, "sched_setaffinity"):
+    if method not in TWO_CORES and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {0})
     paths = sorted(entry.path for entry in os.scandir(folder))
     if METHODS[method] > 1:
         paths = paths[: max(1, len(paths) // METHODS[method])]
     n_bytes = sum(os.stat(path).st_size for path in paths)  # noqa: PTH116
-    functions = {"ceiling": ceiling, "common": common, "original": original}
+    functions = {"ceiling": ceiling, "common": common, "original": original, "xz -dc": xz}
     functions |= {"ours": ours, "ours, 2": lambda paths, out: ours(paths, out, workers=2)}
+    functions["ours, xz"] = lambda paths, out: ours(paths, out, 2, archive_of(paths))
     with tempfile.TemporaryDirectory(dir=Path(folder).parent) as out:
         start = time.perf_counter()
         written = functions[method](paths, Path(out))
@@ -129,6 +148,8 @@ def write_files(patterns: list[str], folder: Path, n: int) -> None:
     texts = [text for column in columns for text in column]
     for i in range(n):
         (folder / f"{i:06d}.txt").write_text(texts[i % len(texts)])
+    with tarfile.open(archive_of([str(folder / "0.txt")]), "w:xz", preset=1) as tar:
+        tar.add(folder, folder.name)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Packing at scale: documents, speed and peak memory of the workers on generated text.
 
     python3 benchmarks/data_scale.py --text data/*.parquet --gigabytes 1 10
+    python3 benchmarks/data_scale.py --text data/*.parquet --gigabytes 3 --one_file_each
 
 Each copy of the given documents gets its own substitution of letters: as many words again that no
 cache has seen, with the lengths and frequencies of real ones. Memory is flat if the last row's
@@ -25,8 +26,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 ROWS_PER_FILE = 10_000
 
 
-def generate(texts: list[bytes], folder: Path, n_bytes: float) -> tuple[int, int]:
-    """Write parquet files of at least `n_bytes` of text; documents and bytes."""
+def write_rows(rows: list[bytes], path: Path, one_file_each: bool) -> None:
+    """One parquet file, or a folder of text files."""
+    if one_file_each:
+        path.mkdir()
+        for i, row in enumerate(rows):
+            (path / f"{i:05d}.txt").write_bytes(row)
+        return
+    column = pa.array(rows, pa.binary()).cast(pa.string())
+    pq.write_table(pa.table({"text": column}), path.with_suffix(".parquet"), compression="none")
+
+
+def generate(
+    texts: list[bytes], folder: Path, n_bytes: float, one_file_each: bool
+) -> tuple[int, int]:
+    """Write at least `n_bytes` of text; documents and bytes."""
     rng, documents, written, copy = np.random.default_rng(0), 0, 0, 0
     folder.mkdir(parents=True)
     letters = string.ascii_lowercase.encode()
@@ -35,9 +49,7 @@ def generate(texts: list[bytes], folder: Path, n_bytes: float) -> tuple[int, int
         table = bytes.maketrans(letters, shuffled)
         for i in range(0, len(texts), ROWS_PER_FILE):
             rows = [text.translate(table) for text in texts[i : i + ROWS_PER_FILE]]
-            column = pa.array(rows, pa.binary()).cast(pa.string())
-            path = folder / f"{copy:04d}-{i:08d}.parquet"
-            pq.write_table(pa.table({"text": column}), path, compression="none")
+            write_rows(rows, folder / f"{copy:04d}-{i:08d}", one_file_each)
             documents, written = documents + len(rows), written + sum(map(len, rows))
             if written >= n_bytes:
                 break
@@ -52,9 +64,10 @@ if __name__ == "__main__":
     start = time.perf_counter()
     make_tfrecords.main(sys.argv[1:])
     seconds = time.perf_counter() - start
-    peaks = [resource.getrusage(who).ru_maxrss * 1024
-             for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(json.dumps([seconds, *peaks]))
+    # Not RUSAGE_SELF, which begins with the memory of the process that started this one.
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print(json.dumps([seconds, int(status["VmHWM"].split()[0]) * 1024, worker * 1024]))
 """
 
 
@@ -63,6 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", nargs="+", required=True, help="parquet files, column text")
     parser.add_argument("--gigabytes", nargs="+", type=float, default=[1, 10])
+    parser.add_argument("--one_file_each", action="store_true", help="text files, not parquet")
     parser.add_argument("--workers", default="2")
     parser.add_argument("--folder", default="runs/data_scale", help="is removed at the end")
     options = parser.parse_args()
@@ -74,7 +88,9 @@ def main() -> None:
     (folder / "pack.py").write_text(f"import sys; sys.path.insert(0, {str(root)!r})\n{PACK}")
     print(f"{'GB':>6} {'documents':>10} {'MB/s':>6} {'peak worker':>12} {'peak main':>10}")
     for gigabytes in options.gigabytes:
-        documents, n_bytes = generate(texts, folder / "text", gigabytes * 1e9)
+        documents, n_bytes = generate(
+            texts, folder / "text", gigabytes * 1e9, options.one_file_each
+        )
         command = [sys.executable, str(folder / "pack.py"), "--path", str(folder / "text"),
                    "--save_path", str(folder / "out"), "--seq_len", "1024",
                    "--workers", options.workers]  # fmt: skip

@@ -66,8 +66,8 @@ def test_a_long_document_in_pieces_has_the_same_ids(tokenizer, monkeypatch):
     encoder = FastEncoder(tokenizer)
     whole = encoder(text)
     for size in (37, 1000):
-        monkeypatch.setattr(encoders, "PIECE_CHARACTERS", size)
-        assert len(list(encoders._pieces(text))) > 20
+        monkeypatch.setattr(encoders, "PIECE_BYTES", size)
+        assert len(list(encoders._pieces(text.encode()))) > 20
         assert np.array_equal(encoder(text), whole)
 
 
@@ -98,9 +98,11 @@ def test_an_encoder_that_differs_is_not_used(tokenizer, monkeypatch, capsys):
             return super().__call__(text)[::-1]
 
     monkeypatch.setattr(encoders, "FastEncoder", Wrong)
+    build_encoder.cache_clear()
     choice = choose_encoder(tokenizer, ["several words", "a"])
     assert (choice["name"], choice["differences"]) == ("tokenizers", 1)
     assert "differ on 1 of 2 documents" in capsys.readouterr().out
+    build_encoder.cache_clear()
     encode = build_encoder(tokenizer, choice["name"])
     assert np.array_equal(encode("several words"), tokenizer.encode_batch(["several words"])[0])
 

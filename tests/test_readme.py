@@ -10,6 +10,8 @@ from algpt2.options import (
     ExportOptions,
     PackOptions,
     PlotOptions,
+    TFRecordOptions,
+    TFTrainOptions,
     TokenizerOptions,
     TrainOptions,
     parse,
@@ -20,6 +22,8 @@ OPTIONS = {
     "train_tokenizer.py": TokenizerOptions,
     "make_tfrecords.py": PackOptions,
     "train_pt.py": TrainOptions,
+    "train_tf.py": TFTrainOptions,
+    "train_tfrecords.py": TFRecordOptions,
     "plot_runs.py": PlotOptions,
     "export_gpt2.py": ExportOptions,
 }

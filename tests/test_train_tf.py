@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import train_tf
+from algpt2 import report
 from algpt2.errors import EXIT_STOPPED, UserError
 
 ROOT = Path(train_tf.__file__).parent
@@ -231,6 +232,44 @@ def test_evaluation_and_samples_of_a_run(flags, corpus, tmp_path, capsys):
     assert first.count("the model") >= 2
     train_tf.main([*sample, "--seed=1"])
     assert capsys.readouterr().out != first
+
+
+def test_one_sample_is_printed_as_it_comes(frameworks, monkeypatch, capsys):
+    pieces, write = [], report.write
+    monkeypatch.setattr(report, "write", lambda piece: (pieces.append(piece), write(piece)))
+    common = [f"--checkpoint={frameworks / 'pt-AdamW'}", "--device=cpu", "--sample_only"]
+    train_tf.main([*common, "--prompt=the", "--n_samples=1", "--max_length=50"])
+    printed = capsys.readouterr().out
+    assert len(pieces) > 20
+    assert f"--- sample 1 of 1\n{''.join(pieces)}\n" in printed
+    # The first of two that draw alike, and not while it comes.
+    monkeypatch.setattr(report, "write", None)
+    train_tf.main([*common, "--prompt=the", "--n_samples=2", "--max_length=50", "--no_do_sample"])
+    texts = capsys.readouterr().out.split("--- sample ")[1:]
+    assert texts[0][6:].strip() == texts[1][6:].strip()
+
+
+def test_finetuning_says_what_was_before_and_after(frameworks, flags, tmp_path, capsys):
+    start = frameworks / "pt-AdamW"
+    more = {"config": None, "tokenizer": None, "checkpoint": start, "max_steps": 3}
+    train_tf.main([*flags(**more), "--wandb_artifacts"])
+    printed = capsys.readouterr().out
+    before = json.loads((tmp_path / "run" / "run.json").read_text())["before"]
+    (last,) = metrics(start, "val_loss", "val_word_ppl")[-1:]
+    assert [before["val_loss"], before["val_word_ppl"]] == pytest.approx(last, rel=1e-5)
+    (after,) = metrics(tmp_path / "run", "val_loss")[-1]
+    assert re.search(rf"before +{before['val_loss']:.4f} .*\nafter 3 steps +{after:.4f} ", printed)
+    assert "--wandb_artifacts has no effect without W&B" in printed
+    train_tf.main([*flags(**more), "--wandb_artifacts"])
+    assert "after 3 steps" in capsys.readouterr().out
+
+
+def test_what_only_pytorch_can_start_is_refused(frameworks, flags):
+    with pytest.raises(UserError, match=r"--init_from needs PyTorch: start with train_pt\.py"):
+        train_tf.main(flags(init_from=frameworks / "initial"))
+    more = {"config": None, "tokenizer": None, "checkpoint": frameworks / "pt-AdamW"}
+    with pytest.raises(UserError, match=r"--control_codes: 1 are new to .*train_pt\.py adds"):
+        train_tf.main(flags(**more, control_codes="<|new|>"))
 
 
 @pytest.mark.parametrize(
