@@ -31,7 +31,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -144,7 +144,7 @@ class Fuzzer:
     it; `counts` says how many inputs each gets.
     """
 
-    counts = {
+    counts: ClassVar[dict[str, int]] = {
         "record": 2000, "manifest": 3000, "config": 3000, "training_state": 2500, "run_json": 1500,
         "metrics": 1500, "safetensors": 1500, "optimizer": 400, "tokenizer": 2500, "jsonl": 1500,
         "gz": 600, "zip": 1200, "tar": 1500, "packing": 400, "options": 1600, "evaluation": 600,
@@ -152,7 +152,7 @@ class Fuzzer:
     }  # fmt: skip
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.changed = folder, set[Path]()
         os.environ["ALGPT2_CACHE"] = str(folder / "cache")
         make_data(folder)
         import train_pt
@@ -174,8 +174,6 @@ class Fuzzer:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(self.files[path])
         self.changed.clear()
-
-    changed: set[Path] = set()
 
     def put(self, path: Path, data: bytes) -> None:
         self.changed.add(path)
