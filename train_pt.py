@@ -49,9 +49,8 @@ def train(options: TrainOptions) -> int | None:
         )
 
         # 3. Model and optimizer, in the state of the checkpoint
-        trainer = training_pt.build_trainer(
-            options, tokenizer, rows, processes, n_steps, checkpoint
-        )
+        start = (processes, n_steps, checkpoint)
+        trainer = training_pt.build_trainer(options, tokenizer, rows, *start)
         run |= runs.describe_model(trainer.model, seq_len)
         report.log(runs.summary(run, trainer.step))
 

@@ -88,7 +88,5 @@ class StepProgram:
             tf.TensorSpec([2], tf.int32),
             tf.TensorSpec([], tf.bool),
         ]
-        # Not for a GPU that happens to be here; without a name TensorFlow draws a number for it.
-        device = tf.config.list_logical_devices("CPU")[0].name
         lower = self._step.experimental_get_compiler_ir(*specs)
-        return lower(stage="hlo_serialized", device_name=device)
+        return lower(stage="hlo_serialized", platform_name="CPU")  # not for a GPU that is here
