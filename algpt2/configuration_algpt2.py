@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GPT2Config
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-MAX_LAYERS, MAX_SIZE = 10_000, 2**40  # beyond them a configuration is damaged, or a trap
+MAX_LAYERS, MAX_SIZE = 10_000, 2**24  # beyond them a configuration is damaged, or a trap
 
 # Names in weight files. Those of the original have one block and no index:
 # transformer.h.ln_1.weight. Older GPT-2 files hold causal masks as buffers.

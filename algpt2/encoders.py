@@ -20,6 +20,8 @@ import numpy as np
 from .report import log
 from .tokenization_algpt2 import TextTokenizer
 
+ENCODERS = ("gigatoken", "tokenizers")  # by name
+
 CACHE_BYTES = 400 << 20  # that a process may grow by before the encoder is made anew
 ENCODED_BYTES = 1 << 30  # the same where the system does not tell a process's size
 CHECK_BYTES = 4 << 20  # encoded between two looks at the process's size

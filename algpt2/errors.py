@@ -27,6 +27,8 @@ def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
     (disk full, no permission) 2, `NonFiniteError` 3. `--debug` on the command line shows the
     traceback as well.
     """
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+        stream.reconfigure(errors="backslashreplace")
     try:
         code = main(None) or 0
     except (UserError, OSError, NonFiniteError) as error:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import model_card
-from .checkpoints import write_json, write_text
+from .checkpoints import json_text, write_text
 from .corpus import CorpusReport, documents
 from .detokenizers import DETOKENIZERS
 from .errors import UserError
@@ -419,7 +419,15 @@ class ResultFiles:
                 records = json.loads(self.json_path.read_text(encoding="utf-8"))["evaluations"]
                 for record in records:
                     self._add(_from_record(record))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                self._texts()  # what is there is written again: it has to be possible
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                ArithmeticError,
+                RecursionError,
+            ):
                 raise UserError(f"{self.json_path} is not one of --eval_only: {move}") from None
 
     def _add(self, evaluation: Evaluation) -> None:
@@ -429,9 +437,14 @@ class ResultFiles:
     def add(self, evaluation: Evaluation) -> None:
         """Write both files with one more evaluation."""
         self._add(evaluation)
+        json_content, markdown_content = self._texts()
+        write_text(self.json_path, json_content)
+        write_text(self.markdown_path, markdown_content)
+
+    def _texts(self) -> tuple[str, str]:
         evaluations = [*self.evaluations.values()]
-        write_json(self.json_path, {"evaluations": [asdict(one) for one in evaluations]})
-        write_text(self.markdown_path, markdown(evaluations))
+        content = json_text({"evaluations": [asdict(one) for one in evaluations]})
+        return content, markdown(evaluations).encode(errors="replace").decode()
 
 
 def evaluate_all(

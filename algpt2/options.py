@@ -7,6 +7,7 @@ is not here is nowhere. No framework is imported, so that `--help` answers at on
 import contextlib
 import io
 import itertools
+import reprlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,10 @@ import tyro
 from .errors import UserError
 
 Options = TypeVar("Options")
+
+MAX_NUMBER = 2**53  # of steps, tokens, rows
+MAX_BATCH = 2**20  # rows; of them ids alone take 8 MB
+BELOW_ONE = 1 - 2**-53
 
 DEFAULT_TOKENIZER = "algpt2-tokenizer"
 _start = {"s": time.monotonic()}  # of the command
@@ -68,10 +73,20 @@ def _is_rule(line: str) -> bool:
 def check_positive(options: object, *names: str) -> None:
     """`UserError` that names every field of `names` that is set and not above zero."""
     wrong = {name: getattr(options, name) for name in names}
-    wrong = {name: value for name, value in wrong.items() if value is not None and value <= 0}
+    wrong = {name: v for name, v in wrong.items() if v is not None and not 0 < v < MAX_NUMBER}
     if wrong:
-        given = ", ".join(f"--{name} {value}" for name, value in wrong.items())
+        given = ", ".join(f"--{name} {reprlib.repr(value)}" for name, value in wrong.items())
         raise UserError(f"expected a number above zero, got {given}")
+
+
+def check_between(options: object, low: float, high: float, *names: str) -> None:
+    """`UserError` that names the first field of `names` that is set and not from `low` to `high`
+    (NaN never is)."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            given = f"--{name} {reprlib.repr(value)}"
+            raise UserError(f"{given}: expected a number from {low:.12g} to {high:.12g}")
 
 
 @dataclass(frozen=True)
@@ -93,6 +108,7 @@ class TokenizerOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "n_files", "vocab_size", "max_bytes")
+        check_between(self, 1, 2**24, "vocab_size")
         if not self.train_path:
             raise UserError("--train_path needs at least one folder, file, glob, hf:NAME or docs:")
 
@@ -131,6 +147,9 @@ class PackOptions:
     def __post_init__(self) -> None:
         check_positive(self, "seq_len", "files_per_tfrecord", "n_examples", "n_files")
         check_positive(self, "n_shards", "workers")
+        check_between(self, 1, 2**28, "seq_len")
+        check_between(self, 1, 2**20, "n_shards", "workers")
+        check_between(self, 0, MAX_NUMBER, "seed", "min_length")
         if not 0 <= self.valid_fraction < 1:
             raise UserError(f"--valid_fraction {self.valid_fraction}: expected 0 or more, below 1")
         if not self.path:
@@ -267,6 +286,16 @@ class TrainOptions:
         check_positive(self.report, "hist_steps", "keep_last", "milestone_steps", "max_minutes")
         check_positive(self.sample, "n_samples", "max_length", "temperature", "sliding_window_size")
         check_positive(self.eval, "stride", "n_eval_examples")
+        check_between(self.optim, 0, BELOW_ONE, "beta1", "beta2", "momentum")
+        check_between(self.optim, 0, 1, "min_lr_ratio", "decay_ratio")
+        check_between(self.optim, 0, MAX_NUMBER, "warmup_steps", "weight_decay", "max_grad_norm")
+        check_between(self.optim, 0, 2**53, "seed")
+        check_between(self.optim, 1, MAX_BATCH, "batch_size", "grad_steps")
+        check_between(self.data, 1, 2**28, "seq_len")
+        check_between(self.sample, 1, 2**16, "n_samples")
+        check_between(self.sample, 0, 2**31, "top_k")
+        check_between(self.sample, 1e-6, 1, "top_p")
+        check_between(self.sample, 1e-6, 1e6, "repetition_penalty", "temperature")
         if self.eval != EvalOptions() and not self.eval_only:
             raise UserError("--eval_sets, --detokenizer and --stride need --eval_only")
         if self.eval.detokenizer and not self.eval.eval_sets:

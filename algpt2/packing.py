@@ -39,7 +39,7 @@ from .corpus import (
     list_parts,
     no_document,
 )
-from .encoders import choose_encoder
+from .encoders import ENCODERS, choose_encoder
 from .errors import UserError, describe
 from .options import PackOptions
 from .parallel import available_cores, keep_freed_memory, run_tasks
@@ -51,6 +51,7 @@ from .tfrecords import (
     Shard,
     open_rows,
     read_manifest,
+    shard_from_json,
     write_manifest,
     write_shard,
 )
@@ -296,7 +297,9 @@ def _choose_encoder(
     """The encoder of this folder: chosen once, so that all tasks have the same."""
     path = work / "encoder.json"
     with contextlib.suppress(FileNotFoundError, UserError):  # a damaged one is chosen again
-        return read_record(path)["encoder"]
+        encoder = read_record(path).get("encoder")
+        if isinstance(encoder, dict) and encoder.get("name") in ENCODERS:
+            return encoder
     write_record(path, {"encoder": choose_encoder(tokenizer, sample(tasks, reading))})
     return read_record(path)["encoder"]
 
@@ -411,7 +414,7 @@ def _write_shard(work: Path, store: TokenStore, seq_len: int, task: tuple[Path, 
     path, segments = task
     done = work / f"shard-{path.parent.name if path.parent != work.parent else ''}-{path.stem}.json"
     with contextlib.suppress(FileNotFoundError, UserError):  # not done, or damaged since: again
-        shard = Shard(**read_record(done)["shard"])
+        shard = shard_from_json(read_record(done).get("shard"), done)
         if describe_file(path) == (shard.bytes, shard.sha256):
             return shard
     shard = write_shard(path, StreamRows(store, segments, seq_len))

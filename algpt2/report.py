@@ -284,7 +284,7 @@ def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, 
         kept = {"created": before["created"], "wandb_id": before["wandb_id"]}
         kept |= {"before": before["before"]} if "before" in before else {}
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged: expected options, data, created, wandb_id") from None
+        raise UserError(f"{path} is damaged: expected options, data, wandb_id") from None
     if changes:
         raise UserError(
             f"save_dir {save_dir} holds another run ({'; '.join(changes[:6])}): repeat its command "
@@ -317,8 +317,10 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def _read_line(path: Path, number: int, text: str) -> dict[str, Any]:
     try:
         line = json.loads(text)
-        numbers = [float(value) for value in line.values() if not isinstance(value, str)]
-        if type(line["step"]) is int and line["step"] >= 0 and numbers:
+        texts = [value for key, value in line.items() if key in ("prompt", "text")]  # of samples
+        numbers = [float(value) for value in line.values() if type(value) in (int, float)]
+        is_sound = all(type(text) is str for text in texts) and len(texts + numbers) == len(line)
+        if is_sound and type(line["step"]) is int and line["step"] >= 0:
             return line
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         pass

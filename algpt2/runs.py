@@ -37,7 +37,7 @@ from .tokenization_algpt2 import TextTokenizer, load_tokenizer
 
 DEFAULT_CONFIG = "algpt2-tiny"
 LR_FROM_SCRATCH, LR_FINETUNE = 1e-3, 5e-5
-MAX_SIZE = 2**40  # of a vocabulary or context: beyond it a config.json is damaged
+MAX_SIZE = 2**24  # of a vocabulary or context: beyond it a config.json is damaged
 
 
 def choose_tokenizer(data: DataOptions, model: ModelOptions) -> TextTokenizer:
@@ -109,7 +109,7 @@ def check_memory(n_parameters: int) -> None:
 def memory_bytes() -> int:
     """Memory of this machine, or of the container that this process runs in."""
     if sys.platform == "win32":
-        return MAX_SIZE
+        return 2**62
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))

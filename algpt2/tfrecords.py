@@ -187,8 +187,11 @@ def parse_manifest(text: str, path: str | Path) -> Manifest:
         )
     manifest = _from_json(Manifest, content, path)
     problem = _inconsistency(manifest)
-    if not problem and content.get(CHECKSUM) != content_sha256(asdict(manifest)):
-        problem = f"its {CHECKSUM} is not that of its content"
+    try:
+        if not problem and content.get(CHECKSUM) != content_sha256(asdict(manifest)):
+            problem = f"its {CHECKSUM} is not that of its content"
+    except RecursionError:  # lists in lists, which could be read
+        problem = "it is nested too deeply"
     if problem:
         raise UserError(f"{path} is damaged: {problem}")
     return manifest
@@ -216,6 +219,15 @@ def _from_json(cls: type[T], content: Any, path: str | Path) -> T:
                 f"{path} is damaged: {field.name} is {reprlib.repr(value)}, expected {wanted}"
             )
     return cls(**values)
+
+
+def shard_from_json(content: Any, path: str | Path) -> Shard:
+    """A `Shard` out of its `asdict`, which was read from `path`.
+
+    Raises:
+        UserError: a field is missing or of another type.
+    """
+    return _from_json(Shard, content, path)
 
 
 def _inconsistency(manifest: Manifest) -> str | None:

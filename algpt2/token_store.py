@@ -132,6 +132,7 @@ def encode_task(
     done = base.with_suffix(".json")
     with contextlib.suppress(FileNotFoundError, UserError):  # not done, or damaged since: again
         result = read_record(done)
+        _check_result(result, context)
         files = {
             suffix: list(describe_file(base.with_suffix(suffix))) for suffix in result["files"]
         }
@@ -163,6 +164,25 @@ def encode_task(
         files[".documents"] = write_file(base.with_suffix(".documents"), found)
     write_record(done, {"tokens": n_tokens, "report": asdict(report), "files": files})
     return read_record(done)
+
+
+def _check_result(result: dict[str, Any], context: Context) -> None:
+    """`UserError` unless a task's .json has the fields and types that `encode_task` writes."""
+    empty = asdict(CorpusReport())
+    try:
+        report, files = result["report"], result["files"]
+        sound = files.keys() == {".tokens", ".documents"} or not context.with_documents
+        sound &= report.keys() == empty.keys() and type(result["tokens"]) is int
+        numbers = [*report["other_files"].values(), result["tokens"]]
+        numbers += [report[name] for name, value in empty.items() if type(value) is int]
+        sound &= all(type(n) is int and n >= 0 for n in numbers)
+        sound &= type(report["broken"]) is list and all(type(x) is str for x in report["broken"])
+        n_bytes = result["tokens"] * np.dtype(context.tokenizer.dtype).itemsize
+        sound &= files[".tokens"][0] == n_bytes and files.keys() <= {".tokens", ".documents"}
+    except (KeyError, TypeError, AttributeError, IndexError):
+        sound = False
+    if not sound:
+        raise UserError("a task's result is damaged")
 
 
 def _counted(

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,12 +19,13 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from .errors import UserError
+from .errors import UserError, describe
 
 END_OF_TEXT = "<|endoftext|>"
 MODEL_MAX_LENGTH = 1024  # tokens; what transformers warns beyond
 MIN_FREQUENCY = 2  # a pair met once is no regularity
 N_BYTES = 256
+SPARE_IDS = 2**16  # that a vocabulary may leave out
 PACKAGE_FOLDER = Path(__file__).parent
 TOKENIZER_FILES = (
     "vocab.json",
@@ -260,6 +262,7 @@ def _holds_tokenizer(folder: Path) -> bool:
 
 def _load_folder(folder: Path) -> TextTokenizer:
     try:
+        _check_ids(folder)
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         else:
@@ -267,9 +270,28 @@ def _load_folder(folder: Path) -> TextTokenizer:
         end_of_text = _end_of_text(tokenizer, folder)
     except UserError:
         raise
-    except Exception as error:  # what the Rust side raises is a bare Exception
-        raise UserError(f"{folder}: the tokenizer's files are damaged ({error})") from None
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # of the Rust side: a bare Exception, or a panic, which is none
+        reason = f"the tokenizer's files are damaged ({describe(error)[:300]})"
+        raise UserError(f"{folder}: {reason}") from None
     return TextTokenizer(tokenizer, folder, end_of_text)
+
+
+def _check_ids(folder: Path) -> None:
+    """`ValueError` for ids that no vocabulary has: the Rust side walks over all ids up to them."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        vocab, added = content["model"]["vocab"], content.get("added_tokens") or []
+        ids = [token["id"] for token in added]
+        n_ids = len(vocab) + len(ids)
+        ids += vocab.values() if isinstance(vocab, dict) else []
+    else:
+        ids = [*json.loads((folder / "vocab.json").read_text(encoding="utf-8")).values()]
+        n_ids = len(ids)
+    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2 * n_ids + SPARE_IDS]:
+        raise ValueError(f"id {reprlib.repr(wrong[0])} in a vocabulary of {n_ids:,} entries")
 
 
 @functools.lru_cache(4)

@@ -31,12 +31,13 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from algpt2.errors import UserError  # noqa: E402  (after the path)
+from algpt2.checkpoints import STATE_FILE  # noqa: E402  (after the path)
+from algpt2.errors import UserError  # noqa: E402
 from benchmarks.fault_corruption import flags, make_data  # noqa: E402
 
 LIMIT_S = 10  # an input that takes longer hangs
@@ -143,7 +144,7 @@ class Fuzzer:
     it; `counts` says how many inputs each gets.
     """
 
-    counts = {
+    counts: ClassVar[dict[str, int]] = {
         "record": 2000, "manifest": 3000, "config": 3000, "training_state": 2500, "run_json": 1500,
         "metrics": 1500, "safetensors": 1500, "optimizer": 400, "tokenizer": 2500, "jsonl": 1500,
         "gz": 600, "zip": 1200, "tar": 1500, "packing": 400, "options": 1600, "evaluation": 600,
@@ -151,17 +152,15 @@ class Fuzzer:
     }  # fmt: skip
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.changed = folder, set[Path]()
         os.environ["ALGPT2_CACHE"] = str(folder / "cache")
         make_data(folder)
         import train_pt
-        from algpt2.checkpoints import read_checkpoint
         from algpt2.tokenization_algpt2 import load_tokenizer
 
         with _own_signals():
             train_pt.main(flags(folder, max_steps=1))
         self.checkpoint = folder / "run/checkpoint-00000001"
-        self.sound = read_checkpoint(self.checkpoint)
         self.tokenizer = load_tokenizer(str(folder / "tokenizer"))
         self.tokenizer_files = [
             path for path in (folder / "tokenizer").iterdir() if not path.name.startswith(".")
@@ -175,8 +174,6 @@ class Fuzzer:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(self.files[path])
         self.changed.clear()
-
-    changed: set[Path] = set()
 
     def put(self, path: Path, data: bytes) -> None:
         self.changed.add(path)
@@ -265,7 +262,7 @@ class Fuzzer:
     def training_state(self, draw: random.Random) -> Read:
         from algpt2.checkpoints import newest_checkpoint
 
-        self.mutate(self.checkpoint / "training_state.json", draw, sign=True)
+        self.mutate(self.checkpoint / STATE_FILE, draw, sign=True)
 
         def read() -> None:
             if (found := newest_checkpoint(self.folder / "run", lambda message: None)) is not None:
@@ -312,7 +309,7 @@ class Fuzzer:
         folder = self.folder / "weights"
         if not folder.exists():
             shutil.copytree(self.checkpoint, folder)
-            (folder / "training_state.json").unlink()
+            (folder / STATE_FILE).unlink()
             self.files |= {path: path.read_bytes() for path in folder.iterdir()}
         self.put(
             folder / "model.safetensors", self._other_tensors(folder / "model.safetensors", draw)
@@ -321,9 +318,16 @@ class Fuzzer:
         return lambda: training_pt.build_model(options, self.tokenizer, 16)
 
     def optimizer(self, draw: random.Random) -> Read:
-        path = self.checkpoint / "optimizer.safetensors"
+        from algpt2.checkpoints import CHECKSUM, describe_file, read_checkpoint, write_record
+
+        path, marker = self.checkpoint / "optimizer.safetensors", self.checkpoint / STATE_FILE
         self.put(path, self._other_tensors(path, draw))
-        return lambda: self._resume(self.sound)
+        state = json.loads(self.files[marker])
+        state["files"][path.name] = dict(zip(("bytes", "sha256"), describe_file(path), strict=True))
+        state.pop(CHECKSUM)
+        write_record(marker, state)
+        self.changed.add(marker)
+        return lambda: self._resume(read_checkpoint(self.checkpoint))
 
     def _other_tensors(self, path: Path, draw: random.Random) -> bytes:
         data = self.files[path]
@@ -456,7 +460,8 @@ class Fuzzer:
             measure = {"name": "ppl", "value": 3.5, "unit": "per token", "over": "99 tokens"}
             record = {
                 "checkpoint": "checkpoint-00000001", "set": "text", "text": "a.txt", "context": 16,
-                "stride": 16, "precision": "float32", "measures": [measure], "n_eval_examples": None,
+                "stride": 16, "precision": "float32", "measures": [measure], "sha256": "0" * 64,
+                "n_eval_examples": None, "details": {"nats": 1.5},
             }  # fmt: skip
             self.files[path] = json.dumps({"evaluations": [record]}).encode()
         self.mutate(path, draw)

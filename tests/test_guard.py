@@ -463,10 +463,11 @@ def bad(model, rows, device):
     return loss
 def main(argv):
     code = train_pt.main(argv)
-    for p in trainers[-1].model.parameters():
-        mine = p.detach().clone()
-        torch.distributed.broadcast(p.data, 0)
-        assert torch.equal(mine, p), "the processes have other weights"
+    for parameter in trainers[-1].model.parameters():
+        mine = parameter.detach().clone()
+        torch.distributed.broadcast(parameter.data, 0)
+        assert torch.equal(mine, parameter), "the processes have other weights"
+    trainers.clear()  # what holds the process group at exit aborts there
     return code
 training_pt.Trainer.__post_init__, training_pt.mean_loss = remember, bad
 errors.run_script(main)
