@@ -319,7 +319,9 @@ def _read_line(path: Path, number: int, text: str) -> dict[str, Any]:
         line = json.loads(text)
         texts = [value for key, value in line.items() if key in ("prompt", "text")]  # of samples
         numbers = [float(value) for value in line.values() if type(value) in (int, float)]
-        is_sound = all(type(text) is str for text in texts) and len(texts + numbers) == len(line)
+        unknown = [key for key, value in line.items() if value is None]  # a skipped step's NaN
+        n_known = len(texts) + len(numbers) + len(unknown)
+        is_sound = all(type(text) is str for text in texts) and n_known == len(line)
         if is_sound and type(line["step"]) is int and line["step"] >= 0:
             return line
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
