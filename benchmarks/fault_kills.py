@@ -7,6 +7,7 @@ metrics (but for times) have to be equal byte for byte.
 """
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -257,7 +258,7 @@ def run(short: bool, seed: int, only: str | None = None) -> Iterator[dict]:
         if only in (None, name):
             with tempfile.TemporaryDirectory(prefix="algpt2-faults-") as folder:
                 space = Path(folder)
-                with contextlib.redirect_stdout(None):
+                with contextlib.redirect_stdout(io.StringIO()):
                     make_workspace(space, seed)
                 yield from family(space, short, seed)
 
