@@ -101,10 +101,24 @@ class StepGuard:
         }  # fmt: skip
 
     def load(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`; an empty one, of a run without the option, is a start."""
-        self.skipped, self.in_row = state.get("skipped", 0), state.get("in_row", 0)
-        self.losses.extend(state.get("losses", ()))
-        self.norms.extend(state.get("grad_norms", ()))
+        """Inverse of `state`; an empty one, of a run without the option, is a start.
+
+        Raises:
+            TypeError: it is not what `state` gives.
+        """
+        if not isinstance(state, dict):
+            raise TypeError(f"outliers: expected an object, got a {type(state).__name__}")
+        counts = [state.get(name, 0) for name in ("skipped", "in_row")]
+        numbers = [state.get(name, []) for name in ("losses", "grad_norms")]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise TypeError(f"outliers: expected counts of steps, got {counts}")
+        if not all(
+            isinstance(n, list) and all(type(x) in (int, float) for x in n) for n in numbers
+        ):
+            raise TypeError("outliers: expected lists of losses and gradient norms")
+        self.skipped, self.in_row = counts
+        self.losses.extend(numbers[0])
+        self.norms.extend(numbers[1])
 
 
 @dataclass(frozen=True)

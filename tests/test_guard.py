@@ -681,3 +681,11 @@ def test_a_full_queue_takes_calls_again_when_wandb_has_caught_up(slow, tmp_path,
             time.sleep(0.01)
         run_report.metrics({"step": 11, "loss": 2.0})
     assert [value[0] for name, value in module.calls if name == "log"] == [1, 2, 3, 11]
+
+
+@pytest.mark.parametrize(
+    "state", [[], None, {"skipped": -1}, {"in_row": "1"}, {"losses": 3}, {"grad_norms": ["x"]}]
+)
+def test_a_state_that_is_none_is_refused(state):
+    with pytest.raises(TypeError, match="outliers: expected"):
+        StepGuard(3.0).load(state)
