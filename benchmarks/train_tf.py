@@ -184,11 +184,13 @@ def write_shards(folder: Path, vocab_size: int) -> None:
         )
         for i in range(16)
     )
-    n_tokens = 1 + 16 * 1024 * 1024
-    write_manifest(folder, Manifest(
-        FORMAT_VERSION, 1024, "uint16", vocab_size, vocab_size - 1, "0" * 64, [], {}, shards,
-        1, 1, 1, 1, n_tokens, 0, 0,
-    ))  # fmt: skip
+    manifest = Manifest(
+        format_version=FORMAT_VERSION, seq_len=1024, dtype="uint16", vocab_size=vocab_size,
+        eot_id=vocab_size - 1, tokenizer_sha256="0" * 64, sources=[], options={}, shards=shards,
+        documents=1, text_bytes=1, words=1, line_ends=1, tokens=1 + 16 * 1024 * 1024,
+        left_over_tokens=0, dropped_rows=0, duplicates=0, encoder={},
+    )  # fmt: skip
+    write_manifest(folder, manifest)
 
 
 def time_inputs(inputs: object, train_options: object, options: Options) -> dict[str, float]:
