@@ -203,25 +203,27 @@ def prune_checkpoints(
 # --- files that are there whole or not at all ----------------------------------------------------
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that `path` is there whole or not at all, also after a power cut."""
-    write_text(path, json_text(value))
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Write JSON so that `path` is there whole or not at all, if `durable` also after a power
+    cut."""
+    write_text(path, json_text(value), durable=durable)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Write text so that `path` is there whole or not at all; a link there is replaced."""
     partial = path.with_name(f".{path.name}.partial")
     remove(partial)  # of a killed process; or a link, which would be written through
     with partial.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     partial.replace(path)
 
 
-def write_record(path: Path, content: dict[str, Any]) -> None:
+def write_record(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:
     """`write_json` of an object, with a checksum of itself in it."""
-    write_json(path, content | {CHECKSUM: content_sha256(content)})
+    write_json(path, content | {CHECKSUM: content_sha256(content)}, durable=durable)
 
 
 def read_record(path: Path, *, required: bool = True) -> dict[str, Any]:

@@ -210,12 +210,12 @@ def documents(
         next(list_parts([source], skip_broken=skip_broken))
     report = CorpusReport() if report is None else report
     reading = Reading(text_key, line_by_line, min_length, skip_broken)
-    return _stream(sources, n_files, reading, report)
+    return map(bytes.decode, _stream(sources, n_files, reading, report))
 
 
 def _stream(
     sources: Sequence[str], n_files: int | None, reading: Reading, report: CorpusReport
-) -> Iterator[str]:
+) -> Iterator[bytes]:
     before = report.documents
     parts = list_parts(
         sources, report, line_by_line=reading.line_by_line, skip_broken=reading.skip_broken
@@ -239,8 +239,9 @@ def read_parts(
     skip_broken: bool = False,
     limit: int | None = None,
     report: CorpusReport,
-) -> Iterator[str]:
-    """The documents of some parts; at most `limit` files, or documents where there are none.
+) -> Iterator[bytes]:
+    """The documents of some parts as UTF-8 (packing needs no strings, and they take time); at most
+    `limit` files, or documents where there are none.
 
     `line_by_line` has to be what `list_parts` was told.
     """
@@ -249,7 +250,7 @@ def read_parts(
 
 def _read(
     parts: Iterable[Part], reading: Reading, limit: int | None, report: CorpusReport
-) -> Iterator[str]:
+) -> Iterator[bytes]:
     reader = PartReader(reading, report, limit)
     n_logged = len(report.broken)
     for part in parts:
@@ -269,28 +270,40 @@ def _read(
 
 def _clean(
     raw_texts: Iterator[bytes | str | None], reading: Reading, report: CorpusReport
-) -> Iterator[str]:
-    """Documents out of what a reader found, counted; lone surrogates stand for bad bytes."""
+) -> Iterator[bytes]:
+    """Documents out of what a reader found, valid UTF-8, counted."""
     if reading.line_by_line:
         raw_texts = itertools.chain.from_iterable(map(_lines, raw_texts))
     for raw in raw_texts:
-        try:
-            text = raw.decode() if isinstance(raw, bytes) else raw or ""
-            raw = raw if isinstance(raw, bytes) else text.encode()
-        except UnicodeError:
-            text = raw.decode(*BYTES) if isinstance(raw, bytes) else raw
-            text = re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
-            raw = text.encode()
-            report.undecodable += 1
-        if not text or text.isspace():
-            report.empty += 1
-            continue
-        if len(text) < reading.min_length:
-            report.short += 1
-            continue
-        report.count(raw)
+        text = _utf8(raw, report)
         del raw  # of gigabytes, perhaps
-        yield text
+        if _is_blank(text):
+            report.empty += 1
+        elif reading.min_length and len(text.decode()) < reading.min_length:
+            report.short += 1
+        else:
+            report.count(text)
+            yield text
+
+
+def _utf8(raw: bytes | str | None, report: CorpusReport) -> bytes:
+    """A raw text as valid UTF-8; lone surrogates stand for bad bytes."""
+    try:
+        if not isinstance(raw, bytes):
+            return (raw or "").encode()
+        if not raw.isascii():
+            raw.decode()
+        return raw
+    except UnicodeError:
+        text = raw.decode(*BYTES) if isinstance(raw, bytes) else raw
+        report.undecodable += 1
+        return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text).encode()
+
+
+def _is_blank(text: bytes) -> bool:
+    """True if UTF-8 has nothing but white space, as `str.isspace` sees it."""
+    text = text.lstrip(_ASCII_SPACE)  # no copy where there is none
+    return not text or (text[0] > 127 and text.decode().isspace())
 
 
 def _lines(raw: bytes | str | None) -> list[bytes]:
@@ -302,6 +315,7 @@ def _lines(raw: bytes | str | None) -> list[bytes]:
 # --- words ---------------------------------------------------------------------------------------
 
 _SPACE = bytes(byte < 128 and chr(byte).isspace() for byte in range(256))
+_ASCII_SPACE = bytes(byte for byte in range(128) if _SPACE[byte])
 
 
 def _wide_space() -> dict[int, tuple[int, np.ndarray]]:
@@ -341,6 +355,8 @@ def _is_space(raw: bytes) -> np.ndarray:
         return space
     space, values = space.copy(), np.frombuffer(raw + b"\0\0", np.uint8)
     for first, (n_bytes, table) in _WIDE_SPACE.items():
+        if first not in raw:
+            continue
         at = np.flatnonzero(values == first)
         others = values[at + 1].astype(np.uint16)
         if n_bytes == 3:

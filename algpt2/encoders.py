@@ -27,11 +27,11 @@ ENCODED_BYTES = 1 << 30  # the same where the system does not tell a process's s
 CHECK_BYTES = 4 << 20  # encoded between two looks at the process's size
 PIECE_BYTES = 1 << 24  # a longer document is encoded in pieces
 
-Encode = Callable[[str], np.ndarray]
+Encode = Callable[[bytes], np.ndarray]
 
 
 class FastEncoder:
-    """gigatoken behind one call: `encoder(text)` gives the ids of a text, uint32 (n_tokens,).
+    """gigatoken behind one call: `encoder(text)` gives the ids of UTF-8, uint32 (n_tokens,).
 
     Control codes written out in the text are ordinary text, as in `TextTokenizer`.
 
@@ -50,22 +50,21 @@ class FastEncoder:
         self._json = json.dumps(content)
         self._load()
 
-    def __call__(self, text: str) -> np.ndarray:
-        raw = text.encode()
-        if not text.isascii() and has_unassigned(raw):
-            return self._oracle.encode_batch([text])[0]
-        if self._can_cut and len(raw) > PIECE_BYTES:
-            return np.concatenate([self._encode(piece) for piece in _pieces(raw)])
-        return self._encode(raw)
+    def __call__(self, text: bytes) -> np.ndarray:
+        if not text.isascii() and has_unassigned(text):
+            return self._oracle.encode_batch([text.decode()])[0]
+        if self._can_cut and len(text) > PIECE_BYTES:
+            return np.concatenate([self._encode(piece) for piece in _pieces(text)])
+        return self._encode(text)
 
-    def _encode(self, raw: bytes) -> np.ndarray:
-        self._bytes += len(raw)
+    def _encode(self, text: bytes) -> np.ndarray:
+        self._bytes += len(text)
         if self._bytes >= self._next_check:
             self._next_check = self._bytes + CHECK_BYTES
             grown = _process_bytes() - self._start_bytes
             if grown > CACHE_BYTES or (not self._start_bytes and self._bytes > ENCODED_BYTES):
                 self._load()
-        return self._encoder.encode(raw)
+        return self._encoder.encode(text)
 
     def _load(self) -> None:
         from gigatoken.gigatoken_rs import load_hf_json
@@ -75,25 +74,29 @@ class FastEncoder:
         self._start_bytes, self._bytes, self._next_check = _process_bytes(), 0, CHECK_BYTES
 
 
-def has_unassigned(raw: bytes) -> bool:
+def has_unassigned(text: bytes) -> bool:
     """Whether UTF-8 has a code point that Python's Unicode (14.0 in Python 3.11) has no character
     for: whether it is a letter depends on a library's version."""
     # Without its ASCII, which goes at 1 GB/s, most text is short; then each character once.
-    characters = set(raw.translate(None, _ASCII).decode())
-    return any(unicodedata.category(character) == "Cn" for character in characters)
+    new = set(text.translate(None, _ASCII).decode()) - _assigned
+    if any(unicodedata.category(character) == "Cn" for character in new):
+        return True
+    _assigned.update(new)
+    return False
 
 
 _ASCII = bytes(range(128))
+_assigned: set[str] = set()  # characters met so far that are
 
 
-def _pieces(raw: bytes) -> Iterable[bytes]:
+def _pieces(text: bytes) -> Iterable[bytes]:
     """Cut before a space between two letters: there GPT-2's pattern always begins a new word."""
     boundary = re.compile(rb"(?<=[A-Za-z]) (?=[A-Za-z])")
     start = 0
-    while start < len(raw):
-        cut = boundary.search(raw, start + PIECE_BYTES)
-        end = cut.start() if cut else len(raw)
-        yield raw[start:end]
+    while start < len(text):
+        cut = boundary.search(text, start + PIECE_BYTES)
+        end = cut.start() if cut else len(text)
+        yield text[start:end]
         start = end
 
 
@@ -105,19 +108,21 @@ def _process_bytes() -> int:
         return 0
 
 
-def choose_encoder(tokenizer: TextTokenizer, texts: Iterable[str]) -> dict[str, str | int]:
+def choose_encoder(tokenizer: TextTokenizer, texts: Iterable[bytes]) -> dict[str, str | int]:
     """Which encoder a corpus gets, and what was compared: a JSON object for the manifest.
 
     Args:
-        texts: a sample of the corpus.
+        texts: a sample of the corpus, each valid UTF-8.
     """
     oracle = {"name": "tokenizers", "version": metadata.version("tokenizers")}
     try:
         encoder = build_encoder(tokenizer, "gigatoken")
-        documents, n_bytes, differences = 0, 0, 0
-        for text in texts:
-            documents, n_bytes = documents + 1, n_bytes + len(text.encode())
-            differences += not np.array_equal(encoder(text), tokenizer.encode_batch([text])[0])
+        texts = list(texts)
+        expected = tokenizer.encode_batch([text.decode() for text in texts])  # on all cores
+        differences = sum(
+            not np.array_equal(encoder(text), ids)
+            for text, ids in zip(texts, expected, strict=True)
+        )
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the Rust side is no Exception
@@ -126,13 +131,13 @@ def choose_encoder(tokenizer: TextTokenizer, texts: Iterable[str]) -> dict[str, 
         log(f"gigatoken cannot be used ({error}): encoding with tokenizers, 100 times slower")
         return oracle | {"documents_compared": 0, "bytes_compared": 0, "differences": 0}
     compared = {
-        "documents_compared": documents,
-        "bytes_compared": n_bytes,
+        "documents_compared": len(texts),
+        "bytes_compared": sum(map(len, texts)),
         "differences": differences,
     }
     if differences:
         log(
-            f"warning: gigatoken and tokenizers differ on {differences:,} of {documents:,}"
+            f"warning: gigatoken and tokenizers differ on {differences:,} of {len(texts):,}"
             " documents of this text: encoding with tokenizers, 100 times slower"
         )
         return oracle | compared
@@ -144,4 +149,4 @@ def build_encoder(tokenizer: TextTokenizer, name: str) -> Encode:
     """The encoder that `choose_encoder` named; what it has met so far makes it faster."""
     if name == "gigatoken":
         return FastEncoder(tokenizer)
-    return lambda text: tokenizer.encode_batch([text])[0]
+    return lambda text: tokenizer.encode_batch([text.decode()])[0]

@@ -53,6 +53,7 @@ KINDS = {
 }  # fmt: skip
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz", ".xsz": "xz"}
 SHORT_SUFFIXES = {".tgz": ".gz", ".tzst": ".zst", ".tbz2": ".bz2", ".txz": ".xz"}  # a tar in it
+COMPRESSED = COMPRESSIONS.keys() | SHORT_SUFFIXES.keys()
 # Never text, even when named on the command line or by a glob; any other suffix then is text.
 BINARY_SUFFIXES = set(
     ".7z .arrow .bin .bmp .gif .h5 .ico .jpeg .jpg .mp3 .mp4 .npy .npz .pdf .pkl .png .pt .pth .pyc"
@@ -100,6 +101,8 @@ def member_kind(name: str) -> str | None:
 
     "stream": compressed, and only its bytes tell whether it is a tar or text.
     """
+    if name.endswith(".txt"):  # most are
+        return "text"
     suffix, compression = split_suffix(name)
     if suffix not in FOLDER_SUFFIXES:
         return None
@@ -184,7 +187,7 @@ class PartReader:
 
     def _read_text_part(self, part: "Part") -> RawTexts:
         for path, stamp in zip(part.paths, part.stamps, strict=True):
-            if split_suffix(path)[1] or self.reading.line_by_line:
+            if self.reading.line_by_line or file_suffix(path) in COMPRESSED:
                 yield from self._guarded(self._read_one(path, stamp, "text"))
             else:
                 self._begin_file()

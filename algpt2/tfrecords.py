@@ -264,8 +264,13 @@ def _inconsistency(manifest: Manifest) -> str | None:
 # --- writing -------------------------------------------------------------------------------------
 
 
-def write_file(path: Path, blocks: Iterable[bytes | np.ndarray]) -> tuple[int, str]:
+def write_file(
+    path: Path, blocks: Iterable[bytes | np.ndarray], *, durable: bool = True
+) -> tuple[int, str]:
     """Write `path` so that it is there whole or not at all; its size in bytes and its sha256.
+
+    Args:
+        durable: also after a power cut; else only a reader that compares the sha256 may believe it.
 
     Raises:
         OSError: no space, no permission; nothing half-written stays behind.
@@ -278,7 +283,8 @@ def write_file(path: Path, blocks: Iterable[bytes | np.ndarray]) -> tuple[int, s
                 file.write(block)
                 digest.update(block)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
             n_bytes = file.tell()
         partial.replace(path)
     except BaseException as error:

@@ -65,7 +65,10 @@ def nested(n=5, inner=lzma.compress, suffix="_data.xz"):
 def part_texts(source, **reading):
     """The documents of each part read by itself."""
     parts = list(list_parts([str(source)]))
-    return [list(read_parts([part], report=CorpusReport(), **reading)) for part in parts]
+    return [
+        [text.decode() for text in read_parts([part], report=CorpusReport(), **reading)]
+        for part in parts
+    ]
 
 
 def flat(lists):

@@ -395,7 +395,8 @@ def read_by_parts(source, **options):
     parts = list(list_parts([str(source)], **listing))
     report = CorpusReport()
     texts = {
-        i: list(read_parts([parts[i]], report=report, **options)) for i in range(len(parts))[::-1]
+        i: [text.decode() for text in read_parts([parts[i]], report=report, **options)]
+        for i in range(len(parts))[::-1]
     }
     return [texts[i] for i in range(len(parts))], report
 
@@ -562,3 +563,9 @@ def test_words_of_a_long_text_are_a_number_that_json_knows():
     text = "two words " * (corpus.WORDS_BYTES // 4)
     n_words = corpus.count_words(text.encode())
     assert json.loads(json.dumps(n_words)) == len(text.split())
+
+
+def test_a_text_is_blank_as_a_string_would_be():
+    spaces = [c for c in map(chr, range(0x110000)) if c.isspace()]
+    for text in [*spaces, "".join(spaces), *(s + "x" for s in spaces), "é", "\u200b", " \ufeff"]:
+        assert corpus._is_blank(text.encode()) == text.isspace(), repr(text)

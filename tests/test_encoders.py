@@ -39,7 +39,7 @@ def random_texts(rng, n):
 
 def differences(encode, tokenizer, texts):
     pairs = zip(texts, tokenizer.encode_batch(texts), strict=True)
-    return [text for text, ids in pairs if not np.array_equal(encode(text), ids)]
+    return [text for text, ids in pairs if not np.array_equal(encode(text.encode()), ids)]
 
 
 def test_the_ids_of_200_000_random_texts(tokenizer):
@@ -55,7 +55,7 @@ def test_the_ids_of_all_docstrings(tokenizer):
 
 
 def test_a_control_code_in_the_text_is_text(tokenizer):
-    ids = FastEncoder(tokenizer)("a<|endoftext|>b")
+    ids = FastEncoder(tokenizer)(b"a<|endoftext|>b")
     assert tokenizer.eot_id not in ids.tolist()
     assert tokenizer.decode(ids) == "a<|endoftext|>b"
 
@@ -64,11 +64,11 @@ def test_a_long_document_in_pieces_has_the_same_ids(tokenizer, monkeypatch):
     sources = sorted(Path(encoders.__file__).parent.glob("*.py"))
     text = "".join(path.read_text() for path in sources) + "0" * 500
     encoder = FastEncoder(tokenizer)
-    whole = encoder(text)
+    whole = encoder(text.encode())
     for size in (37, 1000):
         monkeypatch.setattr(encoders, "PIECE_BYTES", size)
         assert len(list(encoders._pieces(text.encode()))) > 20
-        assert np.array_equal(encoder(text), whole)
+        assert np.array_equal(encoder(text.encode()), whole)
 
 
 def test_the_encoder_is_made_anew_when_its_process_has_grown(tokenizer, monkeypatch):
@@ -78,7 +78,7 @@ def test_the_encoder_is_made_anew_when_its_process_has_grown(tokenizer, monkeypa
     monkeypatch.setattr(encoders, "CHECK_BYTES", 10)
     encoder._load()
     first = encoder._encoder
-    text = "some text" * 10
+    text = b"some text" * 10
     expected = encoder(text)
     assert encoder._encoder is first
     size += encoders.CACHE_BYTES + 1
@@ -87,7 +87,7 @@ def test_the_encoder_is_made_anew_when_its_process_has_grown(tokenizer, monkeypa
 
 
 def test_the_choice_is_recorded(tokenizer):
-    choice = choose_encoder(tokenizer, ["a", "bc"])
+    choice = choose_encoder(tokenizer, [b"a", b"bc"])
     compared = (choice["documents_compared"], choice["bytes_compared"], choice["differences"])
     assert (choice["name"], compared) == ("gigatoken", (2, 3, 0))
 
@@ -99,12 +99,12 @@ def test_an_encoder_that_differs_is_not_used(tokenizer, monkeypatch, capsys):
 
     monkeypatch.setattr(encoders, "FastEncoder", Wrong)
     build_encoder.cache_clear()
-    choice = choose_encoder(tokenizer, ["several words", "a"])
+    choice = choose_encoder(tokenizer, [b"several words", b"a"])
     assert (choice["name"], choice["differences"]) == ("tokenizers", 1)
     assert "differ on 1 of 2 documents" in capsys.readouterr().out
     build_encoder.cache_clear()
     encode = build_encoder(tokenizer, choice["name"])
-    assert np.array_equal(encode("several words"), tokenizer.encode_batch(["several words"])[0])
+    assert np.array_equal(encode(b"several words"), tokenizer.encode_batch(["several words"])[0])
 
 
 def test_a_tokenizer_that_it_does_not_know_is_left_to_tokenizers(tokenizer, capsys):
@@ -115,5 +115,5 @@ def test_a_tokenizer_that_it_does_not_know_is_left_to_tokenizers(tokenizer, caps
             return json.dumps(content)
 
     unknown = Unknown(tokenizer._tokenizer, tokenizer.folder, "<|endoftext|>")
-    assert choose_encoder(unknown, ["a"])["name"] == "tokenizers"
+    assert choose_encoder(unknown, [b"a"])["name"] == "tokenizers"
     assert "gigatoken cannot be used (it has added tokens" in capsys.readouterr().out

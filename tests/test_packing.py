@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from algpt2 import corpus, packing, tfrecords, token_store
+from algpt2 import corpus, packing, token_store
 from algpt2.corpus import BrokenInput, hash_fraction
 from algpt2.errors import UserError
 from algpt2.packing import pack
@@ -89,7 +89,7 @@ def test_each_document_starts_with_the_code():
 def test_the_stream_does_not_depend_on_the_batches(monkeypatch):
     texts = ["abc", "d", "efgh", "ij"] * 5
     (whole,) = blocks(texts)
-    monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 4)
+    monkeypatch.setattr(token_store, "BATCH_BYTES", 4)
     assert len(blocks(texts)) > 5
     assert [token for block in blocks(texts) for token in block] == whole
 
@@ -193,7 +193,7 @@ def test_every_token_is_accounted_for(tmp_path, text, n_examples):
 
 def test_n_examples_stops_reading_and_counts_what_was_read(tmp_path, monkeypatch, capsys):
     text = write_texts(tmp_path / "text", *["abcdefgh"] * 9)
-    monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 8)
+    monkeypatch.setattr(token_store, "BATCH_BYTES", 8)
     manifest = pack(text, TOKENIZER, tmp_path / "out", seq_len=4, n_examples=2)
     assert (manifest.documents, manifest.tokens, manifest.n_rows) == (1, 9, 2)
     manifest = pack(text, TOKENIZER, tmp_path / "out", seq_len=4, n_examples=3, overwrite=True)
@@ -413,14 +413,13 @@ def test_no_permission_to_write(tmp_path, text, monkeypatch):
 def test_a_full_disk_can_be_continued(tmp_path, text, monkeypatch, file):
     options = {"seq_len": 2, "files_per_tfrecord": 1, "workers": 1}
     pack(text, TOKENIZER, tmp_path / "whole", **options)
-    real = tfrecords.os.fsync
+    real = Path.open
 
-    def fsync(descriptor):
-        if file in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
-            raise OSError(28, "No space left on device")
-        real(descriptor)
+    def open_full(path, mode="r", *args, **kwargs):
+        is_full = mode == "wb" and file in path.name
+        return real(Path("/dev/full") if is_full else path, mode, *args, **kwargs)
 
-    monkeypatch.setattr(tfrecords.os, "fsync", fsync)
+    monkeypatch.setattr(Path, "open", open_full)
     with pytest.raises(OSError, match=f"No space left on device: .*{file}"):
         pack(text, TOKENIZER, tmp_path / "out", **options)
     monkeypatch.undo()
