@@ -10,6 +10,7 @@ import lzma
 import os
 import queue
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -28,7 +29,9 @@ __all__ = [
 
 BLOCK = 512  # bytes; a tar consists of blocks
 BUFFER_BYTES = 1 << 20  # read at once
-AHEAD_BYTES, AHEAD_CHUNKS = 1 << 22, 2  # decompressed before they are asked for
+# Decompressed before it is asked for: chunks of up to so many bytes, as many of them.
+AHEAD_BYTES, AHEAD_CHUNKS = 1 << 24, 2
+SWITCH_S = 5e-4  # see _ReadAhead
 MAX_NAME_BYTES = 1 << 20  # of a long name or a pax header: what is longer is no name
 # Type flags of POSIX ustar, pax and GNU tar.
 REGULAR, LONG_NAME, PAX, PASSED_OVER = b"0\0" + b"7", b"L", b"x", b"gXKVNM"
@@ -117,22 +120,30 @@ class _Xz:
 
 class _ReadAhead:
     """Reads chunks in a thread: xz decompresses outside of Python's lock, while documents are
-    made of what came before. The chunks are large, as each costs a wait for the lock."""
+    made of what came before.
+
+    The thread takes the lock each time that lzma's output grows, five times for 4 MiB, and waits
+    for it as long as Python lets others keep it: by default 5 ms, a third of all the time. So the
+    chunks are large, but for the first ones, and the wait is short.
+    """
 
     def __init__(self, read: Callable[[int], bytes]) -> None:
         self._read = read
         self._chunks: queue.Queue[bytes | BaseException] = queue.Queue(AHEAD_CHUNKS)
         self._rest, self._is_closed = memoryview(b""), False
+        sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
         threading.Thread(target=self._work, daemon=True).start()
 
     def _work(self) -> None:
         chunk: bytes | BaseException = b"-"
+        size = BUFFER_BYTES
         while chunk and not isinstance(chunk, BaseException) and not self._is_closed:
             try:
-                chunk = self._read(AHEAD_BYTES)
+                chunk = self._read(size)
             except BaseException as error:
                 chunk = error
             self._chunks.put(chunk)
+            size = min(2 * size, AHEAD_BYTES)
 
     def read(self, n: int) -> bytes | memoryview:
         """Up to `n` bytes, none at the end; raises what reading raised."""
