@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .detokenizers import DETOKENIZERS
 from .report import log
 from .tokenization_algpt2 import TextTokenizer
 
@@ -140,8 +141,15 @@ def choose_encoder(tokenizer: TextTokenizer, texts: Iterable[str]) -> dict[str, 
 
 
 @functools.lru_cache(1)  # half of the time of a small corpus
-def build_encoder(tokenizer: TextTokenizer, name: str) -> Encode:
-    """The encoder that `choose_encoder` named; what it has met so far makes it faster."""
+def build_encoder(tokenizer: TextTokenizer, name: str, detokenizer: str | None = None) -> Encode:
+    """The encoder that `choose_encoder` named; what it has met so far makes it faster.
+
+    Args:
+        detokenizer: a name of `DETOKENIZERS`: each text is changed by it first.
+    """
+    if detokenizer is not None:
+        encode, change = build_encoder.__wrapped__(tokenizer, name), DETOKENIZERS[detokenizer]
+        return lambda text: encode(change(text))
     if name == "gigatoken":
         return FastEncoder(tokenizer)
     return lambda text: tokenizer.encode_batch([text])[0]

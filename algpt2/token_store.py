@@ -64,6 +64,7 @@ class Context:
     reading: dict[str, Any]  # options of `corpus.read_parts`
     with_documents: bool  # write DOCUMENT records
     max_tokens: float  # no task needs more
+    detokenizer: str | None = None  # of `DETOKENIZERS`, before encoding
 
 
 def cut_tasks(parts: Iterable[Part], n_files: int | None) -> list[Task]:
@@ -140,7 +141,7 @@ def encode_task(
             return result
     report = CorpusReport()
     found: list[np.ndarray] = []
-    encode = build_encoder(context.tokenizer, context.encoder)
+    encode = build_encoder(context.tokenizer, context.encoder, context.detokenizer)
     texts = read_parts(task.parts, **context.reading, limit=task.limit, report=report)
     batches = encode_documents(
         _counted(texts, report) if context.with_documents else zip(texts, itertools.repeat(None)),
