@@ -18,10 +18,12 @@ import pytest
 
 from algpt2 import corpus, packing, tfrecords, token_store
 from algpt2.corpus import BrokenInput, hash_fraction
+from algpt2.detokenizers import wikitext
 from algpt2.errors import UserError
 from algpt2.packing import pack
 from algpt2.tfrecords import MANIFEST_FILE, open_rows, read_manifest
 from algpt2.token_store import Segments, StreamRows, TokenStore, encode_documents
+from algpt2.tokenization_algpt2 import load_tokenizer
 
 EOT = 99
 
@@ -612,6 +614,33 @@ def test_shuffled_documents_are_the_same_documents(tmp_path, many):
     assert orders[1] != orders[2] != in_order
     # The rows cut the last document of each: up to one differs.
     assert len(set(orders[1]) ^ set(in_order)) <= 2
+
+
+def test_a_detokenizer_changes_the_tokens_and_nothing_else(tmp_path, tokenizer_folder, small_tasks):
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    texts = [f"the model {i} , a small @-@ block 's \n layer ." for i in [*range(20), 3, 4]]
+    spaced = write_texts(tmp_path / "spaced", *texts)
+    joined = write_texts(tmp_path / "joined", *map(wikitext, texts))
+    picks = {"dedup": True, "valid_fraction": 0.3, "shuffle_documents": True}
+    for name, options in (("stream", {}), ("picked", picks)):
+        plain, whole = tmp_path / f"{name}-plain", tmp_path / f"{name}-1"
+        pack(spaced, tokenizer, plain, seq_len=5, workers=1, **options)
+        for workers in (1, 2):
+            folder = tmp_path / f"{name}-{workers}"
+            given = {"detokenizer": "wikitext", "workers": workers}
+            pack(spaced, tokenizer, folder, seq_len=5, **given, **options)
+        assert all_contents(whole) == all_contents(folder)
+        for split in ("train", "valid") if options else ("",):
+            before, after = read_manifest(plain / split), read_manifest(whole / split)
+            assert (before.detokenizer, after.detokenizer) == (None, "wikitext")
+            assert after.tokens < before.tokens
+            for field in ("documents", "text_bytes", "words", "line_ends", "duplicates"):
+                assert getattr(before, field) == getattr(after, field)
+            assert after.duplicates == (2 if options else 0)
+    pack(joined, tokenizer, tmp_path / "alone", seq_len=5, workers=1)
+    assert stored(tmp_path / "stream-1") == stored(tmp_path / "alone")
+    with pytest.raises(UserError, match="detokenizer: None -> wikitext"):
+        pack(spaced, tokenizer, tmp_path / "stream-plain", seq_len=5, detokenizer="wikitext")
 
 
 def test_more_shards_than_rows_is_an_error(tmp_path, text):
