@@ -28,11 +28,12 @@ ENCODED_BYTES = 1 << 30  # the same where the system does not tell a process's s
 CHECK_BYTES = 4 << 20  # encoded between two looks at the process's size
 PIECE_BYTES = 1 << 24  # a longer document is encoded in pieces
 
-Encode = Callable[[str], np.ndarray]
+Encode = Callable[[bytes], np.ndarray]  # a text as UTF-8
 
 
 class FastEncoder:
-    """gigatoken behind one call: `encoder(text)` gives the ids of a text, uint32 (n_tokens,).
+    """gigatoken behind one call: `encoder(text)` gives the ids of a text, given as UTF-8 or as a
+    string, as uint16 or uint32 (n_tokens,).
 
     Control codes written out in the text are ordinary text, as in `TextTokenizer`.
 
@@ -51,15 +52,16 @@ class FastEncoder:
         self._json = json.dumps(content)
         self._load()
 
-    def __call__(self, text: str) -> np.ndarray:
-        raw = text.encode()
-        if not text.isascii() and has_unassigned(raw):
-            return self._oracle.encode_batch([text])[0]
+    def __call__(self, text: bytes | str) -> np.ndarray:
+        raw = text.encode() if isinstance(text, str) else text
         if self._can_cut and len(raw) > PIECE_BYTES:
-            return np.concatenate([self._encode(piece) for piece in _pieces(raw)])
+            pieces = (self._encode(piece) for piece in _pieces(raw))
+            return np.concatenate([ids.astype(self._oracle.dtype) for ids in pieces])
         return self._encode(raw)
 
     def _encode(self, raw: bytes) -> np.ndarray:
+        if not raw.isascii() and has_unassigned(raw):
+            return self._oracle.encode_batch([raw.decode()])[0]
         self._bytes += len(raw)
         if self._bytes >= self._next_check:
             self._next_check = self._bytes + CHECK_BYTES
@@ -118,7 +120,9 @@ def choose_encoder(tokenizer: TextTokenizer, texts: Iterable[str]) -> dict[str, 
         documents, n_bytes, differences = 0, 0, 0
         for text in texts:
             documents, n_bytes = documents + 1, n_bytes + len(text.encode())
-            differences += not np.array_equal(encoder(text), tokenizer.encode_batch([text])[0])
+            differences += not np.array_equal(
+                encoder(text.encode()), tokenizer.encode_batch([text])[0]
+            )
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the Rust side is no Exception
@@ -149,7 +153,7 @@ def build_encoder(tokenizer: TextTokenizer, name: str, detokenizer: str | None =
     """
     if detokenizer is not None:
         encode, change = build_encoder.__wrapped__(tokenizer, name), DETOKENIZERS[detokenizer]
-        return lambda text: encode(change(text))
+        return lambda text: encode(change(text.decode()).encode())
     if name == "gigatoken":
         return FastEncoder(tokenizer)
-    return lambda text: tokenizer.encode_batch([text])[0]
+    return lambda text: tokenizer.encode_batch([text.decode()])[0]

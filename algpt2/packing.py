@@ -26,6 +26,7 @@ import numpy as np
 from .checkpoints import (
     CHECKSUM,
     changed_options,
+    content_sha256,
     describe_file,
     read_record,
     remove,
@@ -33,6 +34,7 @@ from .checkpoints import (
 )
 from .corpus import (
     BrokenInput,
+    ChangedInput,
     CorpusReport,
     Part,
     describe_parts,
@@ -75,7 +77,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-WORK_FOLDER, PLAN_FILE = ".packing", "plan.json"
+WORK_FOLDER, PLAN_FILE, ENCODER_FILE = ".packing", "plan.json", "encoder.json"
 SPLITS = ("train", "valid")  # folders of a corpus that is split
 
 
@@ -128,6 +130,8 @@ def pack(
 
     Raises:
         BrokenInput: damaged files; what was done before is kept for the command with `skip_broken`.
+        ChangedInput: a file changed meanwhile; the same command reads again the tasks that hold
+            other files now.
         UserError: text too short for one row, an unknown control code, a folder that holds
             something else or shards of other options, or that cannot be written.
         OSError: disk full; repeat the command when there is space.
@@ -205,9 +209,13 @@ def _pack(
             log(f"{save_path / name}: {summary(manifest)}")
     except BrokenInput:  # the same command with --skip_broken goes on
         raise
-    except UserError:  # another command is needed: nothing may stand in its way
+    except UserError as error:  # another command is needed: nothing may stand in its way
         _remove_shards(save_path)
-        shutil.rmtree(work)
+        if isinstance(error, ChangedInput):  # the same one lists anew; it knows its tasks again
+            for name in (PLAN_FILE, ENCODER_FILE):
+                (work / name).unlink(missing_ok=True)
+        else:
+            shutil.rmtree(work)
         raise
     shutil.rmtree(work)
     seconds = max(1e-9, time.monotonic() - start_s)
@@ -271,6 +279,7 @@ def _encode(
         with_documents=_picks_documents(options),
         max_tokens=math.inf if n_examples is None else n_examples * plan["seq_len"] + 1,
         detokenizer=options["detokenizer"],
+        plan=content_sha256({**plan, "sources": None}),
     )
     sizes: list[int] = []
     with Progress("encode", unit="B") as progress:
@@ -302,7 +311,7 @@ def _encoded(
 
 def _choose_encoder(work: Path, tokenizer: TextTokenizer, texts: Iterable[str]) -> dict[str, Any]:
     """The encoder of this folder, compared on `texts`: once, so that all tasks have the same."""
-    path = work / "encoder.json"
+    path = work / ENCODER_FILE
     with contextlib.suppress(FileNotFoundError, UserError):  # a damaged one is chosen again
         encoder = read_record(path).get("encoder")
         if isinstance(encoder, dict) and encoder.get("name") in ENCODERS:

@@ -22,7 +22,7 @@ import numpy as np
 
 from .batches import permutation
 from .checkpoints import describe_file, read_record, write_record
-from .corpus import CorpusReport, Part, read_parts
+from .corpus import CorpusReport, Part, describe_parts, read_parts
 from .encoders import Encode, build_encoder
 from .errors import UserError
 from .tfrecords import write_file
@@ -30,8 +30,8 @@ from .tokenization_algpt2 import TextTokenizer
 
 TASK_FILES, TASK_BYTES = 4096, 64 << 20  # a task has at most so many files, and about so much text
 OPEN_FILES = 64  # of tokens, mapped at a time: each holds a file descriptor
-BATCH_CHARACTERS = 1 << 18  # of text whose tokens are written at once
-SAMPLE_TASKS, SAMPLE_CHARACTERS = 16, 1 << 16  # of each task, what the encoders are compared on
+BATCH_BYTES = 1 << 18  # of text whose tokens are written at once
+SAMPLE_TASKS, SAMPLE_BYTES = 16, 1 << 16  # of each task, what the encoders are compared on
 
 DOCUMENT = np.dtype(
     [
@@ -65,6 +65,7 @@ class Context:
     with_documents: bool  # write DOCUMENT records
     max_tokens: float  # no task needs more
     detokenizer: str | None = None  # of `DETOKENIZERS`, before encoding
+    plan: str = ""  # hash of all else that decides a task's tokens
 
 
 def cut_tasks(parts: Iterable[Part], n_files: int | None) -> list[Task]:
@@ -106,10 +107,10 @@ def sample(tasks: Sequence[Task], reading: dict[str, Any]) -> Iterator[str]:
     """The first documents of some tasks all over the corpus."""
     step = math.ceil(len(tasks) / SAMPLE_TASKS)
     for task in tasks[::step]:
-        left = SAMPLE_CHARACTERS
-        for text in read_parts(task.parts, **reading, limit=task.limit, report=CorpusReport()):
-            yield text[:left]
-            left -= len(text)
+        left = SAMPLE_BYTES
+        for raw in read_parts(task.parts, **reading, limit=task.limit, report=CorpusReport()):
+            yield raw[:left].decode(errors="ignore")
+            left -= len(raw)
             if left <= 0:
                 break
 
@@ -131,9 +132,10 @@ def encode_task(
     """
     base = context.work / f"{task.index:05d}"
     done = base.with_suffix(".json")
+    key = [context.plan, context.encoder, describe_parts(task.parts), task.limit]
     with contextlib.suppress(FileNotFoundError, UserError):  # not done, or damaged since: again
         result = read_record(done)
-        _check_result(result, context)
+        _check_result(result, context, key)
         files = {
             suffix: list(describe_file(base.with_suffix(suffix))) for suffix in result["files"]
         }
@@ -163,16 +165,19 @@ def encode_task(
     files = {".tokens": write_file(base.with_suffix(".tokens"), blocks())}
     if context.with_documents:
         files[".documents"] = write_file(base.with_suffix(".documents"), found)
-    write_record(done, {"tokens": n_tokens, "report": asdict(report), "files": files})
+    result = {"key": key, "tokens": n_tokens, "report": asdict(report), "files": files}
+    write_record(done, result)
     return read_record(done)
 
 
-def _check_result(result: dict[str, Any], context: Context) -> None:
-    """`UserError` unless a task's .json has the fields and types that `encode_task` writes."""
+def _check_result(result: dict[str, Any], context: Context, key: list[Any]) -> None:
+    """`UserError` unless a task's .json is of this text and these options (`key`), and has the
+    fields and types that `encode_task` writes."""
     empty = asdict(CorpusReport())
     try:
         report, files = result["report"], result["files"]
-        sound = files.keys() == {".tokens", ".documents"} or not context.with_documents
+        sound = result["key"] == key
+        sound &= files.keys() == {".tokens", ".documents"} or not context.with_documents
         sound &= report.keys() == empty.keys() and type(result["tokens"]) is int
         numbers = [*report["other_files"].values(), result["tokens"]]
         numbers += [report[name] for name, value in empty.items() if type(value) is int]
@@ -187,12 +192,12 @@ def _check_result(result: dict[str, Any], context: Context) -> None:
 
 
 def _counted(
-    texts: Iterable[str], report: CorpusReport
-) -> Iterator[tuple[str, tuple[int, int, int, bytes]]]:
+    texts: Iterable[bytes], report: CorpusReport
+) -> Iterator[tuple[bytes, tuple[int, int, int, bytes]]]:
     """Each text with its own words, line ends, bytes and hash."""
     words = line_ends = text_bytes = 0
     for text in texts:
-        digest = hashlib.sha256(text.encode()).digest()[:16]
+        digest = hashlib.sha256(text).digest()[:16]
         yield (
             text,
             (
@@ -206,7 +211,7 @@ def _counted(
 
 
 def encode_documents(
-    texts: Iterable[tuple[str, Any]], encode: Encode, start_id: int | None, dtype: type
+    texts: Iterable[tuple[bytes, Any]], encode: Encode, start_id: int | None, dtype: type
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The token stream in blocks (n,), each document's tokens behind `start_id` (None: alone),
     with the block's `DOCUMENT` records; `texts` are pairs of a text and its counts or None."""
@@ -225,14 +230,14 @@ def encode_documents(
         yield stream, np.array(documents, DOCUMENT)
 
 
-def _batches(texts: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
-    batch, n_characters = [], 0
+def _batches(texts: Iterable[tuple[bytes, Any]]) -> Iterator[list[tuple[bytes, Any]]]:
+    batch, n_bytes = [], 0
     for pair in texts:
         batch.append(pair)
-        n_characters += len(pair[0])
-        if n_characters >= BATCH_CHARACTERS:
+        n_bytes += len(pair[0])
+        if n_bytes >= BATCH_BYTES:
             yield batch
-            batch, n_characters = [], 0
+            batch, n_bytes = [], 0
     if batch:
         yield batch
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from algpt2 import corpus, packing, tfrecords, token_store
-from algpt2.corpus import BrokenInput, hash_fraction
+from algpt2.corpus import BrokenInput, ChangedInput, hash_fraction
 from algpt2.detokenizers import wikitext
 from algpt2.errors import UserError
 from algpt2.packing import pack
@@ -91,7 +91,7 @@ def test_each_document_starts_with_the_code():
 def test_the_stream_does_not_depend_on_the_batches(monkeypatch):
     texts = ["abc", "d", "efgh", "ij"] * 5
     (whole,) = blocks(texts)
-    monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 4)
+    monkeypatch.setattr(token_store, "BATCH_BYTES", 4)
     assert len(blocks(texts)) > 5
     assert [token for block in blocks(texts) for token in block] == whole
 
@@ -195,7 +195,7 @@ def test_every_token_is_accounted_for(tmp_path, text, n_examples):
 
 def test_n_examples_stops_reading_and_counts_what_was_read(tmp_path, monkeypatch, capsys):
     text = write_texts(tmp_path / "text", *["abcdefgh"] * 9)
-    monkeypatch.setattr(token_store, "BATCH_CHARACTERS", 8)
+    monkeypatch.setattr(token_store, "BATCH_BYTES", 8)
     manifest = pack(text, TOKENIZER, tmp_path / "out", seq_len=4, n_examples=2)
     assert (manifest.documents, manifest.tokens, manifest.n_rows) == (1, 9, 2)
     manifest = pack(text, TOKENIZER, tmp_path / "out", seq_len=4, n_examples=3, overwrite=True)
@@ -479,9 +479,11 @@ def many(tmp_path_factory):
 
 
 @pytest.fixture
-def small_tasks(monkeypatch):
-    monkeypatch.setattr(token_store, "TASK_FILES", 7)
-    monkeypatch.setattr(corpus, "RUN_FILES", 7)
+def small_tasks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_store, "TASK_FILES", 7)
+        patch.setattr(corpus, "RUN_FILES", 7)
+        yield
 
 
 def all_contents(folder):
@@ -653,6 +655,54 @@ def test_a_killed_worker_is_a_clear_error_and_nothing_is_lost(tmp_path, many, sm
         pack(many, DyingTokenizer(), tmp_path / "out", seq_len=5, workers=2)
     manifest = pack(many, TOKENIZER, tmp_path / "out", seq_len=5, workers=2)
     assert manifest.documents == 60
+
+
+def test_a_file_that_changes_costs_its_own_task_only(tmp_path, small_tasks, monkeypatch):
+    texts = ["".join(chr(97 + (i + j) % 26) for j in range(9)) for i in range(40)]
+    source, out = write_texts(tmp_path / "text", *texts), tmp_path / "out"
+    changed = sorted(Path(source).iterdir())[30]
+    counting = CountingTokenizer()
+    choose = packing.choose_encoder
+
+    def then_change(*args):
+        changed.write_text("changed")
+        return choose(*args)
+
+    monkeypatch.setattr(packing, "choose_encoder", then_change)
+    with pytest.raises(UserError, match=f"{changed.name} has changed since the files were listed"):
+        pack(source, counting, out, seq_len=5, workers=1)
+    monkeypatch.undo()  # small_tasks has one of its own
+    assert counting.n_encoded >= 28  # four tasks of seven
+    assert [path.name for path in out.iterdir()] == [".packing"]
+    counting.n_encoded = 0
+    pack(source, counting, out, seq_len=5, workers=1)
+    pack(source, TOKENIZER, tmp_path / "straight", seq_len=5, workers=1)
+    assert counting.n_encoded == 12
+    assert all_contents(out) == all_contents(tmp_path / "straight")
+
+
+def test_tasks_of_another_command_are_not_taken(tmp_path, many, small_tasks):
+    def change(*args, **options):
+        raise ChangedInput("changed")
+
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "order_documents", change)
+        with pytest.raises(ChangedInput):
+            pack(many, TOKENIZER, out, seq_len=5, workers=1, dedup=True)
+    assert list(out.glob(".packing/*.tokens"))
+    other = {"seq_len": 5, "workers": 1, "dedup": True, "use_control_codes": False}
+    pack(many, TOKENIZER, out, **other)
+    pack(many, TOKENIZER, tmp_path / "straight", **other)
+    assert all_contents(out) == all_contents(tmp_path / "straight")
+
+
+class CountingTokenizer(CharacterTokenizer):
+    n_encoded = 0
+
+    def encode_batch(self, texts):
+        self.n_encoded += len(texts)
+        return super().encode_batch(texts)
 
 
 class DyingTokenizer(CharacterTokenizer):
