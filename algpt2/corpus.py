@@ -12,6 +12,8 @@ archive or a run of its members. Where parts are cut depends on the files alone.
 silently: a `CorpusReport` counts what is not a document.
 """
 
+import codecs
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -33,6 +35,7 @@ from .readers import (
     BYTES,
     ZIP_ERRORS,
     BrokenInput,
+    ChangedInput,
     PartReader,
     Reading,
     file_stamp,
@@ -41,11 +44,13 @@ from .readers import (
     member_kind,
     named_kind,
     split_suffix,
+    unreadable,
 )
 from .report import log
 
 __all__ = [
     "BrokenInput",
+    "ChangedInput",
     "CorpusReport",
     "Part",
     "Reading",
@@ -210,17 +215,17 @@ def documents(
         next(list_parts([source], skip_broken=skip_broken))
     report = CorpusReport() if report is None else report
     reading = Reading(text_key, line_by_line, min_length, skip_broken)
-    return map(bytes.decode, _stream(sources, n_files, reading, report))
+    return _stream(sources, n_files, reading, report)
 
 
 def _stream(
     sources: Sequence[str], n_files: int | None, reading: Reading, report: CorpusReport
-) -> Iterator[bytes]:
+) -> Iterator[str]:
     before = report.documents
     parts = list_parts(
         sources, report, line_by_line=reading.line_by_line, skip_broken=reading.skip_broken
     )
-    yield from _read(parts, reading, n_files, report)
+    yield from map(bytes.decode, _read(parts, reading, n_files, report))
     if report.documents == before:
         raise no_document(sources, report)
 
@@ -240,10 +245,11 @@ def read_parts(
     limit: int | None = None,
     report: CorpusReport,
 ) -> Iterator[bytes]:
-    """The documents of some parts as UTF-8 (packing needs no strings, and they take time); at most
-    `limit` files, or documents where there are none.
+    """The documents of some parts as UTF-8; at most `limit` files, or documents where there are
+    none.
 
-    `line_by_line` has to be what `list_parts` was told.
+    `line_by_line` has to be what `list_parts` was told. UTF-8 takes a quarter of the memory that a
+    long text takes as a string with a single emoji in it.
     """
     return _read(parts, Reading(text_key, line_by_line, min_length, skip_broken), limit, report)
 
@@ -279,11 +285,12 @@ def _clean(
         del raw  # of gigabytes, perhaps
         if _is_blank(text):
             report.empty += 1
-        elif reading.min_length and len(text.decode()) < reading.min_length:
+        elif _is_shorter(text, reading.min_length):
             report.short += 1
         else:
             report.count(text)
             yield text
+        del text  # before the next is read
 
 
 def _utf8(raw: bytes | str | None, report: CorpusReport) -> bytes:
@@ -292,7 +299,8 @@ def _utf8(raw: bytes | str | None, report: CorpusReport) -> bytes:
         if not isinstance(raw, bytes):
             return (raw or "").encode()
         if not raw.isascii():
-            raw.decode()
+            for _ in _decoded(raw):
+                pass
         return raw
     except UnicodeError:
         text = raw.decode(*BYTES) if isinstance(raw, bytes) else raw
@@ -303,7 +311,23 @@ def _utf8(raw: bytes | str | None, report: CorpusReport) -> bytes:
 def _is_blank(text: bytes) -> bool:
     """True if UTF-8 has nothing but white space, as `str.isspace` sees it."""
     text = text.lstrip(_ASCII_SPACE)  # no copy where there is none
-    return not text or (text[0] > 127 and text.decode().isspace())
+    return not text or (text[0] > 127 and all(map(str.isspace, filter(None, _decoded(text)))))
+
+
+def _is_shorter(text: bytes, n_characters: int) -> bool:
+    """True if UTF-8 has fewer characters; one has at most four bytes."""
+    return len(text) < 4 * n_characters and len(text.decode()) < n_characters
+
+
+def _decoded(text: bytes) -> Iterator[str]:
+    """UTF-8 as strings, of a long text one for each mebibyte; `UnicodeError` if it is not UTF-8."""
+    if len(text) <= WORDS_BYTES:
+        yield text.decode()
+        return
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    for start in range(0, len(text), WORDS_BYTES):
+        stop = start + WORDS_BYTES
+        yield decode(text[start:stop], stop >= len(text))
 
 
 def _lines(raw: bytes | str | None) -> list[bytes]:
@@ -438,6 +462,8 @@ class _Listing:
             root = path.rstrip("/") + "/"
             yield from self._cut(root, self._in_folder(root))
         elif os.path.exists(path):  # noqa: PTH110
+            if not os.path.isfile(path):  # noqa: PTH113
+                raise UserError(f"{source} is a pipe or a device: expected a file or a folder")
             if (kind := named_kind(path)) is None:
                 raise UserError(f"{source} is not a text file; expected text, .jsonl or .parquet")
             yield from self._cut("", iter([(path, kind)]))
@@ -456,7 +482,7 @@ class _Listing:
                 continue  # its files match themselves
             if is_folder:
                 files = self._in_folder(path.rstrip("/") + "/")
-            elif kind := named_kind(path):
+            elif os.path.isfile(path) and (kind := named_kind(path)):  # noqa: PTH113
                 files = iter([(path, kind)])
             else:
                 self.report.other_files[file_suffix(path)] += 1
@@ -470,31 +496,40 @@ class _Listing:
         self, folder: str, above: frozenset[tuple[int, int]] = frozenset()
     ) -> Iterator[tuple[str, str]]:
         """Text files, tables and archives below `folder`, in the order of their sorted paths."""
-        status = os.stat(folder)  # noqa: PTH116
+        try:
+            status = os.stat(folder)  # noqa: PTH116
+            names = self._names_in(folder)
+        except OSError as error:
+            self.reader.count_broken(unreadable(folder, error))
+            return
+        if (status.st_dev, status.st_ino) in above:  # a link that leads back up
+            return
         above |= {(status.st_dev, status.st_ino)}
+        for name in names:
+            path = folder + name
+            if name.endswith("/"):
+                yield from self._in_folder(path, above)
+            elif kind := member_kind(name):
+                yield path, kind
+            else:
+                self.report.other_files[file_suffix(name)] += 1
+
+    def _names_in(self, folder: str) -> list[str]:
+        """Files, and folders with a slash: "a.txt" comes before "a/b.txt"."""
         names = []
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                # A folder sorts as its files' paths do: "a.txt" before "a/b.txt".
-                if entry.is_dir():
-                    names.append(entry.name + "/")
-                elif entry.is_file():
-                    names.append(entry.name)
-                else:  # a pipe, a link to nowhere
-                    self.report.other_files[file_suffix(entry.name)] += 1
-        names.sort()
-        for name in names:
-            path = folder + name
-            if name.endswith("/"):
-                status = os.stat(path)  # noqa: PTH116
-                if (status.st_dev, status.st_ino) not in above:  # else a link that leads back up
-                    yield from self._in_folder(path, above)
-            elif kind := member_kind(name):
-                yield path, kind
-            else:
-                self.report.other_files[file_suffix(name)] += 1
+                with contextlib.suppress(OSError):  # a link to itself, or through a closed folder
+                    if entry.is_dir():
+                        names.append(entry.name + "/")
+                        continue
+                    if entry.is_file():
+                        names.append(entry.name)
+                        continue
+                self.report.other_files[file_suffix(entry.name)] += 1  # a pipe, a link to nowhere
+        return sorted(names)
 
     # Files to parts.
 
@@ -511,7 +546,11 @@ class _Listing:
                 stamps, size = array("Q"), 0
 
         for path, kind in files:
-            status = os.stat(path)  # noqa: PTH116
+            try:
+                status = os.stat(path)  # noqa: PTH116
+            except OSError as error:
+                self.reader.count_broken(unreadable(path, error))
+                continue
             if kind == "text" and self.line_by_line and status.st_size > PIECE_BYTES:
                 kind = "text" if split_suffix(path)[1] else "lines"
             if kind != "text":

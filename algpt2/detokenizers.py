@@ -3,7 +3,8 @@
 WikiText, Penn Treebank and LAMBADA come with spaces around punctuation and with marks of their
 own (` @-@ `, "``", `do n't`). Each function here takes the text of a file and returns it as it
 was written, as far as that can be told: letter case, `<unk>` and Penn Treebank's `N` are lost.
-Lines stay lines. Perplexities *per word* divide by the words of the text before.
+Lines stay lines. A detokenizer belongs to encoding: documents are cut, counted, compared and
+split as they are in the file, so words, bytes and hashes are those of the text before.
 """
 
 # ruff: noqa: RUF001, RUF003  (the texts have dashes, primes and curly quotes)
@@ -43,11 +44,17 @@ def lambada(text: str) -> str:
     return _strip_lines(_join_brackets(_join_punctuation(text)))
 
 
+# Packed text is cached under these names: a change of what one returns raises FORMAT_VERSION.
 DETOKENIZERS: dict[str, Callable[[str], str]] = {
     "wikitext": wikitext,
     "ptb": ptb,
     "lambada": lambada,
 }
+
+
+def detokenize(text: bytes, name: str) -> bytes:
+    """UTF-8 changed by the detokenizer of that name."""
+    return DETOKENIZERS[name](text.decode()).encode()
 
 
 def _wikitext_line(line: str) -> str:
@@ -86,18 +93,21 @@ def _join_brackets(text: str) -> str:
 def _join_pairs(line: str, mark: str) -> str:
     """Free-standing quotation marks of a line, taken in turn as opening and closing ones; a
     single one behind a word in s, with none open, is a possessive (the brothers ' house)."""
-    joined, before, is_open, glue = [], "", False, True
-    for word in line.split(" "):
-        is_mark = word == mark
+    spaces, is_open = [-1], False  # places of the spaces that go
+    for match in re.finditer(f"(?<![^ ]){mark}(?![^ ])", line):
+        place = match.start()
+        before = line[line.rfind(" ", 0, max(0, place - 1)) + 1 : max(0, place - 1)]
         is_possessive = (
-            is_mark and mark == "'" and not is_open
+            mark == "'" and not is_open
             and before.endswith("s") and before.lower() not in NO_POSSESSIVE
         )  # fmt: skip
-        joined.append(word if glue or is_possessive or (is_mark and is_open) else f" {word}")
-        glue = is_mark and not is_open and not is_possessive
-        is_open ^= is_mark and not is_possessive
-        before = word
-    return "".join(joined)
+        opens = not is_open and not is_possessive
+        space = place + 1 if opens else place - 1
+        if space > spaces[-1]:
+            spaces.append(space)
+        is_open ^= not is_possessive
+    ends = [*spaces[1:], len(line)]
+    return "".join(line[space + 1 : end] for space, end in zip(spaces, ends, strict=True))
 
 
 def _strip_lines(text: str) -> str:

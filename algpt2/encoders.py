@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .detokenizers import detokenize
 from .report import log
 from .tokenization_algpt2 import TextTokenizer
 
@@ -27,11 +28,12 @@ ENCODED_BYTES = 1 << 30  # the same where the system does not tell a process's s
 CHECK_BYTES = 4 << 20  # encoded between two looks at the process's size
 PIECE_BYTES = 1 << 24  # a longer document is encoded in pieces
 
-Encode = Callable[[bytes], np.ndarray]
+Encode = Callable[[bytes], np.ndarray]  # a text as UTF-8
 
 
 class FastEncoder:
-    """gigatoken behind one call: `encoder(text)` gives the ids of UTF-8, uint32 (n_tokens,).
+    """gigatoken behind one call: `encoder(text)` gives the ids of UTF-8, uint16 or uint32
+    (n_tokens,).
 
     Control codes written out in the text are ordinary text, as in `TextTokenizer`.
 
@@ -51,13 +53,14 @@ class FastEncoder:
         self._load()
 
     def __call__(self, text: bytes) -> np.ndarray:
-        if not text.isascii() and has_unassigned(text):
-            return self._oracle.encode_batch([text.decode()])[0]
         if self._can_cut and len(text) > PIECE_BYTES:
-            return np.concatenate([self._encode(piece) for piece in _pieces(text)])
+            pieces = (self._encode(piece) for piece in _pieces(text))
+            return np.concatenate([ids.astype(self._oracle.dtype) for ids in pieces])
         return self._encode(text)
 
     def _encode(self, text: bytes) -> np.ndarray:
+        if not text.isascii() and has_unassigned(text):
+            return self._oracle.encode_batch([text.decode()])[0]
         self._bytes += len(text)
         if self._bytes >= self._next_check:
             self._next_check = self._bytes + CHECK_BYTES
@@ -145,8 +148,15 @@ def choose_encoder(tokenizer: TextTokenizer, texts: Iterable[bytes]) -> dict[str
 
 
 @functools.lru_cache(1)  # half of the time of a small corpus
-def build_encoder(tokenizer: TextTokenizer, name: str) -> Encode:
-    """The encoder that `choose_encoder` named; what it has met so far makes it faster."""
+def build_encoder(tokenizer: TextTokenizer, name: str, detokenizer: str | None = None) -> Encode:
+    """The encoder that `choose_encoder` named; what it has met so far makes it faster.
+
+    Args:
+        detokenizer: a name of `DETOKENIZERS`: each text is changed by it first.
+    """
+    if detokenizer is not None:
+        encode = build_encoder.__wrapped__(tokenizer, name)
+        return lambda text: encode(detokenize(text, detokenizer))
     if name == "gigatoken":
         return FastEncoder(tokenizer)
     return lambda text: tokenizer.encode_batch([text.decode()])[0]

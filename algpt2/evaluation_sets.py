@@ -36,7 +36,7 @@ from .evaluation import (
 )
 from .options import TrainOptions
 from .report import Progress, is_main_process, log
-from .runs import choose_seq_len, open_or_pack, source_folder, text_totals
+from .runs import check_detokenizer, choose_seq_len, open_or_pack, source_folder, text_totals
 from .runs import fingerprint as manifest_fingerprint
 from .tfrecords import MANIFEST_FILE, PackedRows, open_rows, read_manifest
 from .tokenization_algpt2 import TextTokenizer
@@ -105,7 +105,12 @@ def choose_sets(options: TrainOptions, tokenizer: TextTokenizer) -> tuple[int, l
     data, model = options.data, options.model
     if options.eval.eval_sets:
         seq_len = choose_seq_len(replace(data, val_path=()), model, trains=False)
-        return seq_len, find_sets(options.eval.eval_sets)
+        sets = find_sets(options.eval.eval_sets)
+        for one in sets:
+            if one.kind == "shards":
+                (folder,) = one.paths
+                check_detokenizer(folder, read_manifest(folder), data.detokenizer)
+        return seq_len, sets
     seq_len = choose_seq_len(data, model, trains=False)
     rows = open_or_pack(data.val_path, data, tokenizer, seq_len)
     return seq_len, [EvalSet("shards", " ".join(data.val_path), (rows.folder,))]
@@ -177,9 +182,12 @@ def _name(path: Path) -> str:
 
 def choose_detokenizer(one: EvalSet, name: str | None) -> str | None:
     """The detokenizer of a set: `name`, or by the set's file name for `auto`; None: the text is
-    scored as it is. BLiMP and shards are never changed, nor is OpenAI's LAMBADA by `auto`."""
-    if one.kind in ("blimp", "shards"):
+    scored as it is. BLiMP is never changed, nor is OpenAI's LAMBADA by `auto`; shards have been
+    packed with one or none."""
+    if one.kind == "blimp":
         return None
+    if one.kind == "shards":
+        return read_manifest(one.paths[0]).detokenizer
     if name != "auto":
         return name
     for pattern, detokenizer in ((r"^wiki\.|wikitext", "wikitext"), (r"^ptb\.", "ptb")):
@@ -284,12 +292,12 @@ class Evaluator:
 
     def evaluate(self, one: EvalSet) -> Evaluation:
         """All measures of one set."""
-        detokenizer = choose_detokenizer(one, self.options.eval.detokenizer)
+        detokenizer = choose_detokenizer(one, self.options.data.detokenizer)
         score = {
             "text": self._text, "shards": self._shards, "lambada": self._lambada,
             "blimp": self._blimp,
         }[one.kind]  # fmt: skip
-        change = DETOKENIZERS[detokenizer] if detokenizer else str
+        change = DETOKENIZERS.get(detokenizer, str)
         with Progress(f"evaluate {one.name}", unit=" tokens") as progress:
             measures, details = score(one, change, progress.update)
         n_examples = self.options.eval.n_eval_examples if one.kind in EXAMPLES else None

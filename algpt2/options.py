@@ -132,6 +132,9 @@ class PackOptions:
         None  # read at most this many files, in archives too; a table counts as one
     )
     text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
+    detokenizer: Literal["wikitext", "ptb", "lambada"] | None = (
+        None  # undo the tokenization of a benchmark's files; words and bytes are counted before
+    )
     min_length: int = 0  # characters; shorter documents are left out, and counted
     skip_broken: bool = False  # leave out what is damaged, named and counted, instead of stopping
     dedup: bool = False  # leave out documents whose text was met before
@@ -170,6 +173,9 @@ class DataOptions:
     control_codes: tuple[str, ...] | None = None  # one, or one per train_path; new ones are added
     line_by_line: bool = False  # each line is a document (text input)
     text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
+    detokenizer: Literal["wikitext", "ptb", "lambada", "auto"] | None = None
+    """undo the tokenization of a benchmark's files (text input); words and bytes are counted
+    before; auto, by the name of a file, is for eval_sets"""
     n_eval_rows: int | None = None  # rows of each evaluation during training; the last takes all
 
 
@@ -240,7 +246,6 @@ class EvalOptions:
     """What --eval_only measures."""
 
     eval_sets: tuple[str, ...] = ()  # files or folders of evaluation sets, instead of val_path
-    detokenizer: Literal["wikitext", "ptb", "lambada", "auto"] | None = None  # of eval_sets
     stride: int | None = None  # tokens scored per window; default: seq_len, no overlap
     n_eval_examples: int | None = None  # LAMBADA passages, BLiMP pairs per file; default: all
 
@@ -297,9 +302,9 @@ class TrainOptions:
         check_between(self.sample, 1e-6, 1, "top_p")
         check_between(self.sample, 1e-6, 1e6, "repetition_penalty", "temperature")
         if self.eval != EvalOptions() and not self.eval_only:
-            raise UserError("--eval_sets, --detokenizer and --stride need --eval_only")
-        if self.eval.detokenizer and not self.eval.eval_sets:
-            raise UserError("--detokenizer needs --eval_sets: --val_path is packed as it is")
+            raise UserError("--eval_sets, --n_eval_examples and --stride need --eval_only")
+        if self.data.detokenizer == "auto" and not self.eval.eval_sets:
+            raise UserError("--detokenizer auto needs --eval_sets: expected the name of one")
         if self.optim.fp16 and self.optim.precision not in ("auto", "fp16"):
             raise UserError(f"--fp16 contradicts --precision {self.optim.precision}: drop one")
         if self.model.init_from and (self.model.checkpoint or self.model.from_scratch):

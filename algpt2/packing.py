@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import numpy as np
 from .checkpoints import (
     CHECKSUM,
     changed_options,
+    content_sha256,
     describe_file,
     read_record,
     remove,
@@ -33,12 +34,14 @@ from .checkpoints import (
 )
 from .corpus import (
     BrokenInput,
+    ChangedInput,
     CorpusReport,
     Part,
     describe_parts,
     list_parts,
     no_document,
 )
+from .detokenizers import detokenize
 from .encoders import ENCODERS, choose_encoder
 from .errors import UserError, describe
 from .options import PackOptions
@@ -74,7 +77,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-WORK_FOLDER, PLAN_FILE = ".packing", "plan.json"
+WORK_FOLDER, PLAN_FILE, ENCODER_FILE = ".packing", "plan.json", "encoder.json"
 SPLITS = ("train", "valid")  # folders of a corpus that is split
 
 
@@ -101,6 +104,7 @@ def pack(
     n_files: int | None = None,
     line_by_line: bool = False,
     text_key: str = PackOptions.text_key,
+    detokenizer: str | None = None,
     min_length: int = 0,
     skip_broken: bool = False,
     dedup: bool = False,
@@ -116,14 +120,18 @@ def pack(
     Each document starts with `control_codes[0]` (None: the tokenizer's end of text) unless
     `use_control_codes` is off. Shards hold equal numbers of rows: `n_shards` of them, or one for
     every `files_per_tfrecord` documents. At most `n_examples` rows are written, and reading stops
-    soon after there are as many. Documents of fewer than `min_length` characters are left out, and
-    with `skip_broken` what is damaged; both are counted. `dedup` leaves out copies of earlier ones,
-    `shuffle_documents` orders them by `seed`, `valid_fraction` gives that share, chosen by the
-    documents' hashes, a folder `valid` beside `train`. The bytes do not depend on `workers` (None:
-    as many as cores) and `ray`. Returns the manifest (of `train`, where there are two).
+    soon after there are as many. A `detokenizer` changes each document before it is encoded; what
+    is counted, compared and split is the text before. Documents of fewer than `min_length`
+    characters are left out, and with `skip_broken` what is damaged; both are counted. `dedup`
+    leaves out copies of earlier ones, `shuffle_documents` orders them by `seed`, `valid_fraction`
+    gives that share, chosen by the documents' hashes, a folder `valid` beside `train`. The bytes do
+    not depend on `workers` (None: as many as cores) and `ray`. Returns the manifest (of `train`,
+    where there are two).
 
     Raises:
         BrokenInput: damaged files; what was done before is kept for the command with `skip_broken`.
+        ChangedInput: a file changed meanwhile; the same command reads again the tasks that hold
+            other files now.
         UserError: text too short for one row, an unknown control code, a folder that holds
             something else or shards of other options, or that cannot be written.
         OSError: disk full; repeat the command when there is space.
@@ -138,6 +146,7 @@ def pack(
         "n_files": n_files,
         "line_by_line": line_by_line,
         "text_key": text_key,
+        "detokenizer": detokenizer,
         "min_length": min_length,
         "dedup": dedup,
         "valid_fraction": valid_fraction,
@@ -200,9 +209,13 @@ def _pack(
             log(f"{save_path / name}: {summary(manifest)}")
     except BrokenInput:  # the same command with --skip_broken goes on
         raise
-    except UserError:  # another command is needed: nothing may stand in its way
+    except UserError as error:  # another command is needed: nothing may stand in its way
         _remove_shards(save_path)
-        shutil.rmtree(work)
+        if isinstance(error, ChangedInput):  # the same one lists anew; it knows its tasks again
+            for name in (PLAN_FILE, ENCODER_FILE):
+                (work / name).unlink(missing_ok=True)
+        else:
+            shutil.rmtree(work)
         raise
     shutil.rmtree(work)
     seconds = max(1e-9, time.monotonic() - start_s)
@@ -252,7 +265,10 @@ def _encode(
     reading = {name: options[name] for name in ("line_by_line", "text_key", "min_length")}
     reading["skip_broken"] = running.skip_broken
     tasks = cut_tasks(parts, options["n_files"])
-    encoder = _choose_encoder(work, tokenizer, tasks, reading)
+    texts = sample(tasks, reading)
+    if options["detokenizer"]:
+        texts = (detokenize(text, options["detokenizer"]) for text in texts)
+    encoder = _choose_encoder(work, tokenizer, texts)
     n_examples = options["n_examples"]
     context = Context(
         work=work,
@@ -262,6 +278,8 @@ def _encode(
         reading=reading,
         with_documents=_picks_documents(options),
         max_tokens=math.inf if n_examples is None else n_examples * plan["seq_len"] + 1,
+        detokenizer=options["detokenizer"],
+        plan=content_sha256({**plan, "sources": None}),
     )
     sizes: list[int] = []
     with Progress("encode", unit="B") as progress:
@@ -291,16 +309,14 @@ def _encoded(
     return run_tasks(function, tasks, workers=running.workers, ray=running.ray)
 
 
-def _choose_encoder(
-    work: Path, tokenizer: TextTokenizer, tasks: list[Task], reading: dict[str, Any]
-) -> dict[str, Any]:
-    """The encoder of this folder: chosen once, so that all tasks have the same."""
-    path = work / "encoder.json"
+def _choose_encoder(work: Path, tokenizer: TextTokenizer, texts: Iterable[str]) -> dict[str, Any]:
+    """The encoder of this folder, compared on `texts`: once, so that all tasks have the same."""
+    path = work / ENCODER_FILE
     with contextlib.suppress(FileNotFoundError, UserError):  # a damaged one is chosen again
         encoder = read_record(path).get("encoder")
         if isinstance(encoder, dict) and encoder.get("name") in ENCODERS:
             return encoder
-    write_record(path, {"encoder": choose_encoder(tokenizer, sample(tasks, reading))})
+    write_record(path, {"encoder": choose_encoder(tokenizer, texts)})
     return read_record(path)["encoder"]
 
 

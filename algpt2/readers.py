@@ -37,12 +37,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BrokenInput",
+    "ChangedInput",
     "PartReader",
     "Reading",
     "file_stamp",
     "member_kind",
     "named_kind",
     "split_suffix",
+    "unreadable",
 ]
 
 # What a folder or an archive is searched for; .json is often configuration, so it has to be named.
@@ -136,6 +138,10 @@ class BrokenInput(UserError):
     """Input is damaged or cut off: the same command with --skip_broken goes on."""
 
 
+class ChangedInput(UserError):
+    """A file is not the one that was listed: the same command lists the files again."""
+
+
 class _LimitReached(Exception):
     pass
 
@@ -144,7 +150,8 @@ class PartReader:
     """Reads parts one after the other, at most `limit` files of them (None: all).
 
     Raises (while its texts are read):
-        UserError: a file changed, a table without the text's column.
+        UserError: a table without the text's column.
+        ChangedInput: a file changed or is gone.
         BrokenInput: damage, unless `reading.skip_broken` has it counted in the report.
     """
 
@@ -191,7 +198,10 @@ class PartReader:
                 yield from self._guarded(self._read_one(path, stamp, "text"))
             else:
                 self._begin_file()
-                yield _read_whole(path, stamp).removeprefix(codecs.BOM_UTF8)
+                try:
+                    yield _without_mark(_read_whole(path, stamp))
+                except Broken as error:
+                    self.count_broken(error)
 
     def _read_file_part(self, part: "Part") -> RawTexts:
         """A compressed file, read from one end to the other."""
@@ -352,7 +362,9 @@ class PartReader:
             except (ValueError, RecursionError) as error:
                 self.count_broken(Broken(f"{at}: expected a JSON object, {error}"))
                 continue
-            yield _field(row, key, at)
+            _field(row, key, at)
+            raw, line = b"", ""  # of gigabytes, perhaps
+            yield row.pop(key)
 
     def _read_table(
         self, source: str | BinaryIO, where: str, start: int = 0, stop: int | None = None
@@ -400,16 +412,19 @@ def _open_zip(path: str, stamp: int) -> zipfile.ZipFile:
 
 def _read_whole(path: str, stamp: int) -> bytes:
     """A file's bytes in four system calls where it is small."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
-        content = os.read(descriptor, SMALL_BYTES)
-        if len(content) == SMALL_BYTES:
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            with io.FileIO(descriptor, closefd=False) as file:
-                content = file.readall()
-        status = os.fstat(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            content = os.read(descriptor, SMALL_BYTES)
+            if len(content) == SMALL_BYTES:
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                with io.FileIO(descriptor, closefd=False) as file:
+                    content = file.readall()
+            status = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise unreadable(path, error) from None
     if file_stamp(status) != stamp or len(content) != status.st_size:
         raise _changed(path, f"it has {status.st_size:,} bytes now")
     return content
@@ -418,14 +433,25 @@ def _read_whole(path: str, stamp: int) -> bytes:
 @contextlib.contextmanager
 def _unchanged(path: str, stamp: int) -> Iterator[BinaryIO]:
     """An open file that has to be the listed one before and after it is read."""
-    with Path(path).open("rb", buffering=BUFFER_BYTES) as file:
+    try:
+        file = Path(path).open("rb", buffering=BUFFER_BYTES)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    with file:
         _check_stamp(os.fstat(file.fileno()), path, stamp)
         try:
             yield file
-        except Broken:
+        except (Broken, OSError) as error:
             _check_stamp(os.stat(path), path, stamp)  # noqa: PTH116  (perhaps that is why)
-            raise
+            raise error if isinstance(error, Broken) else unreadable(path, error) from None
         _check_stamp(os.stat(path), path, stamp)  # noqa: PTH116
+
+
+def unreadable(path: str, error: OSError) -> Broken:
+    """The damage that an error of reading a file is; one that is gone is not."""
+    if isinstance(error, FileNotFoundError):
+        raise error
+    return Broken(f"{path}: cannot be read ({error.strerror or error})")
 
 
 def _check_stamp(status: os.stat_result, path: str, stamp: int) -> None:
@@ -433,8 +459,8 @@ def _check_stamp(status: os.stat_result, path: str, stamp: int) -> None:
         raise _changed(path, f"it has {status.st_size:,} bytes now")
 
 
-def _changed(path: str, what: str) -> UserError:
-    return UserError(
+def _changed(path: str, what: str) -> ChangedInput:
+    return ChangedInput(
         f"{path} has changed since the files were listed ({what}): leave the corpus as it is while"
         " it is read, and start again"
     )

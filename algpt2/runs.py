@@ -177,7 +177,18 @@ def open_or_pack(
             f"{folder} has rows of {manifest.seq_len} tokens, expected {seq_len}: "
             f"pass --seq_len {manifest.seq_len} or pack again"
         )
+    check_detokenizer(folder, manifest, data.detokenizer)
     return rows
+
+
+def check_detokenizer(folder: Path, manifest: Manifest, name: str | None) -> None:
+    """`UserError` if `--detokenizer` is given and shards were packed with another or none."""
+    if name not in (None, "auto", manifest.detokenizer):
+        given = f"with --detokenizer {manifest.detokenizer}"
+        raise UserError(
+            f"{folder} was packed {given if manifest.detokenizer else 'without --detokenizer'}: "
+            f"expected {name}; drop the flag, or pack the text again with --detokenizer {name}"
+        )
 
 
 def open_both(
@@ -201,6 +212,8 @@ def pack_into_cache(
     }  # fmt: skip
     if data.control_codes:
         key["control_codes"] = list(data.control_codes)
+    if data.detokenizer:
+        key["detokenizer"] = data.detokenizer
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir() / f"packed-{digest}"
     if not (folder / MANIFEST_FILE).is_file():
@@ -208,6 +221,7 @@ def pack_into_cache(
     pack(
         paths, tokenizer, folder, seq_len=seq_len, use_control_codes=data.use_control_codes,
         line_by_line=data.line_by_line, text_key=data.text_key, control_codes=data.control_codes,
+        detokenizer=data.detokenizer,
     )  # fmt: skip
     return folder
 

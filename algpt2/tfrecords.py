@@ -147,6 +147,13 @@ class Manifest:
         """Rows of all shards."""
         return sum(shard.rows for shard in self.shards)
 
+    @property
+    def detokenizer(self) -> str | None:
+        """What changed the text before it was encoded; of joined texts that differ, all names."""
+        texts = self.options.get("joined", [self.options])
+        names = sorted({str(options.get("detokenizer") or "no") for options in texts})
+        return None if names == ["no"] else " and ".join(names)
+
 
 # Where zero or a very large number cannot be meant; any other number is from 0 to 2**62.
 RANGES = {

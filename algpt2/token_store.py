@@ -22,7 +22,7 @@ import numpy as np
 
 from .batches import permutation
 from .checkpoints import describe_file, read_record, write_record
-from .corpus import CorpusReport, Part, read_parts
+from .corpus import CorpusReport, Part, describe_parts, read_parts
 from .encoders import Encode, build_encoder
 from .errors import UserError
 from .tfrecords import write_file
@@ -66,6 +66,8 @@ class Context:
     reading: dict[str, Any]  # options of `corpus.read_parts`
     with_documents: bool  # write DOCUMENT records
     max_tokens: float  # no task needs more
+    detokenizer: str | None = None  # of `DETOKENIZERS`, before encoding
+    plan: str = ""  # hash of all else that decides a task's tokens
 
 
 def cut_tasks(parts: Iterable[Part], n_files: int | None) -> list[Task]:
@@ -134,9 +136,10 @@ def encode_task(
     """
     base = context.work / f"{task.index:05d}"
     done = base.with_suffix(".json")
+    key = [context.plan, context.encoder, describe_parts(task.parts), task.limit]
     with contextlib.suppress(FileNotFoundError, UserError):  # not done, or damaged since: again
         result = read_record(done)
-        _check_result(result, context)
+        _check_result(result, context, key)
         files = {
             suffix: list(describe_file(base.with_suffix(suffix))) for suffix in result["files"]
         }
@@ -144,7 +147,7 @@ def encode_task(
             return result
     report = CorpusReport()
     found: list[np.ndarray] = []
-    encode = build_encoder(context.tokenizer, context.encoder)
+    encode = build_encoder(context.tokenizer, context.encoder, context.detokenizer)
     texts = read_parts(task.parts, **context.reading, limit=task.limit, report=report)
     batches = encode_documents(
         _counted(texts, report) if context.with_documents else zip(texts, itertools.repeat(None)),
@@ -169,17 +172,19 @@ def encode_task(
     if context.with_documents:
         path = base.with_suffix(".documents")
         files[".documents"] = write_file(path, found, durable=False)
-    result = {"tokens": n_tokens, "report": asdict(report), "files": files}
+    result = {"key": key, "tokens": n_tokens, "report": asdict(report), "files": files}
     write_record(done, result, durable=False)
     return read_record(done)
 
 
-def _check_result(result: dict[str, Any], context: Context) -> None:
-    """`UserError` unless a task's .json has the fields and types that `encode_task` writes."""
+def _check_result(result: dict[str, Any], context: Context, key: list[Any]) -> None:
+    """`UserError` unless a task's .json is of this text and these options (`key`), and has the
+    fields and types that `encode_task` writes."""
     empty = asdict(CorpusReport())
     try:
         report, files = result["report"], result["files"]
-        sound = files.keys() == {".tokens", ".documents"} or not context.with_documents
+        sound = result["key"] == key
+        sound &= files.keys() == {".tokens", ".documents"} or not context.with_documents
         sound &= report.keys() == empty.keys() and type(result["tokens"]) is int
         numbers = [*report["other_files"].values(), result["tokens"]]
         numbers += [report[name] for name, value in empty.items() if type(value) is int]

@@ -65,10 +65,8 @@ def nested(n=5, inner=lzma.compress, suffix="_data.xz"):
 def part_texts(source, **reading):
     """The documents of each part read by itself."""
     parts = list(list_parts([str(source)]))
-    return [
-        [text.decode() for text in read_parts([part], report=CorpusReport(), **reading)]
-        for part in parts
-    ]
+    read = [read_parts([part], report=CorpusReport(), **reading) for part in parts]
+    return [[raw.decode() for raw in texts] for texts in read]
 
 
 def flat(lists):

@@ -15,6 +15,7 @@ import pytest
 
 from algpt2 import corpus, docstrings
 from algpt2.corpus import (
+    BrokenInput,
     CorpusReport,
     count_words,
     describe_parts,
@@ -295,6 +296,63 @@ def test_broken_files_and_lines_are_left_out_on_request(tmp_path, capsys):
         read(tmp_path, skip_broken=True)
 
 
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl", "b.txt.gz"])
+def test_a_file_that_cannot_be_read_is_left_out_alone(tmp_path, name):
+    for each in ("a.txt", name, "c.txt"):
+        write(tmp_path / each, each)
+    parts = list(list_parts([str(tmp_path)]))
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()  # reading it fails, for root as well
+    with pytest.raises(BrokenInput, match=rf"/{name}: cannot be read \(Is a directory\); --skip"):
+        list(read_parts(parts, report=CorpusReport()))
+    report = CorpusReport()
+    assert [*read_parts(parts, skip_broken=True, report=report)] == [b"a.txt", b"c.txt"]
+    assert report.n_broken == 1
+
+
+def test_pipes_and_links_to_nowhere_are_counted_and_never_opened(tmp_path):
+    write(tmp_path / "a.txt", "text")
+    os.mkfifo(tmp_path / "pipe.txt")
+    for name, target in (("gone.txt", "nowhere"), ("one.txt", "two.txt"), ("two.txt", "one.txt")):
+        (tmp_path / name).symlink_to(target)
+    for source in (tmp_path, tmp_path / "*"):
+        report = CorpusReport()
+        assert read(source, report=report) == ["text"]
+        assert report.other_files == {".txt": 4}
+    with pytest.raises(UserError, match=r"pipe.txt is a pipe or a device: expected a file"):
+        read(tmp_path / "pipe.txt")
+
+
+def test_a_folder_that_cannot_be_listed_is_broken(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt", "text")
+    write(tmp_path / "closed" / "b.txt", "never read")
+    scandir = os.scandir
+
+    def closed(path):
+        if "closed" in str(path):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(BrokenInput, match=r"closed/: cannot be read \(Permission denied\)"):
+        read(tmp_path)
+    report = CorpusReport()
+    assert read(tmp_path, skip_broken=True, report=report) == ["text"]
+    assert report.n_broken == 1
+
+
+@pytest.mark.parametrize("words_bytes", [1, 2, 7])
+def test_a_long_text_is_looked_at_in_pieces(tmp_path, monkeypatch, words_bytes):
+    monkeypatch.setattr(corpus, "WORDS_BYTES", words_bytes)
+    contents = {"a": "€🙂 text", "b": " \u3000\n" * 9, "c": b"\xe2\x82 cut \xf0\x9f", "d": "ab"}
+    for name, content in contents.items():
+        write(tmp_path / f"{name}.txt", content)
+    report = CorpusReport()
+    found = read(tmp_path, min_length=3, report=report)
+    assert found == ["€🙂 text", "\ufffd\ufffd cut \ufffd\ufffd"]
+    assert (report.empty, report.undecodable, report.short, report.words) == (1, 1, 1, 5)
+
+
 @pytest.mark.parametrize("change", ["longer", "other", "gone"])
 @pytest.mark.parametrize("name", ["b.txt", "b.jsonl", "b.txt.gz", "b.parquet"])
 def test_a_file_that_changes_under_it_is_named(tmp_path, name, change):
@@ -395,7 +453,7 @@ def read_by_parts(source, **options):
     parts = list(list_parts([str(source)], **listing))
     report = CorpusReport()
     texts = {
-        i: [text.decode() for text in read_parts([parts[i]], report=report, **options)]
+        i: [raw.decode() for raw in read_parts([parts[i]], report=report, **options)]
         for i in range(len(parts))[::-1]
     }
     return [texts[i] for i in range(len(parts))], report

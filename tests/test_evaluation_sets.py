@@ -27,8 +27,10 @@ from algpt2.evaluation_sets import (
     read_passages,
     row_stream,
 )
-from algpt2.options import EvalOptions, ModelOptions, TrainOptions
+from algpt2.options import DataOptions, EvalOptions, ModelOptions, PackOptions, TrainOptions
 from algpt2.packing import pack
+from algpt2.report import read_json_lines
+from algpt2.runs import open_or_pack
 from algpt2.tfrecords import open_rows
 from algpt2.tokenization_algpt2 import load_tokenizer
 
@@ -77,7 +79,7 @@ def json_lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def uniform_evaluator(tokenizer, context=32, **options):
+def uniform_evaluator(tokenizer, context=32, detokenizer=None, **options):
     """A model that knows nothing: every token has the same probability, the first is likeliest."""
 
     def score(rows):
@@ -87,6 +89,7 @@ def uniform_evaluator(tokenizer, context=32, **options):
     options = TrainOptions(
         eval_only=True, model=ModelOptions(checkpoint="no-such-folder"),
         eval=EvalOptions(eval_sets=("given",), **options),
+        data=DataOptions(detokenizer=detokenizer),
     )  # fmt: skip
     return Evaluator(Model(score, context, 1024), tokenizer, options, precision="float32")
 
@@ -140,9 +143,9 @@ def test_the_detokenizer_goes_by_the_set():
 
 
 def test_the_flag_offers_every_detokenizer():
-    choices = typing.get_args(typing.get_type_hints(EvalOptions)["detokenizer"])
-    names = typing.get_args(choices[0])
-    assert set(names) == {*DETOKENIZERS, "auto"}
+    for options, more in ((DataOptions, {"auto"}), (PackOptions, set())):
+        choices = typing.get_args(typing.get_type_hints(options)["detokenizer"])
+        assert set(typing.get_args(choices[0])) == {*DETOKENIZERS} | more
 
 
 # --- counting and scoring ------------------------------------------------------------------------
@@ -312,6 +315,49 @@ def test_one_table_with_a_unit_for_every_number(run, bench, capsys):
     assert "| ptb/ptb.test.txt | ptb detokenizer | 32 | 8 | float32 | loss |" in shown
 
 
+def test_training_and_both_evaluations_agree_with_a_detokenizer(run, tmp_path):
+    text = tmp_path / "wiki.txt"
+    text.write_text(WIKI * 200)
+    flags = ["--seq_len=16", "--device=cpu", "--detokenizer=wikitext", f"--val_path={text}"]
+    train_pt.main([
+        *flags, f"--checkpoint={run}", f"--train_path={text}", f"--save_dir={tmp_path / 'tuned'}",
+        "--max_steps=1", "--lr=1e-9",
+    ])  # fmt: skip
+    (line,) = [x for x in read_json_lines(tmp_path / "tuned/metrics.jsonl") if "val_loss" in x]
+    evaluate(tmp_path / "tuned", *flags)
+    evaluate(tmp_path / "tuned", f"--eval_sets={text}", *flags[:3])
+    rows, documents = records(tmp_path / "tuned")
+    assert rows["text"] == documents["text"] == "wikitext detokenizer"
+    for record, tolerance in ((rows, 1e-6), (documents, 3e-3)):  # a stream leaves an end over
+        values = {measure["name"]: measure["value"] for measure in record["measures"]}
+        for name, key in (("word ppl", "val_word_ppl"), ("bits per byte", "val_bpb")):
+            assert math.log(values[name]) == pytest.approx(math.log(line[key]), rel=tolerance)
+        assert record["details"]["words"] == 26 * 200
+        assert record["details"]["text_bytes"] == len(WIKI.encode()) * 200
+    shards = rows_of(text, "wikitext", run).folder
+    evaluate(tmp_path / "tuned", f"--eval_sets={shards}", *flags[:3])
+    assert records(tmp_path / "tuned")[-1]["text"] == "wikitext detokenizer"
+    assert records(tmp_path / "tuned")[-1]["measures"] == rows["measures"]
+
+
+def rows_of(path, detokenizer, run):
+    tokenizer = load_tokenizer(str(run / "checkpoint-00000002"))
+    return open_or_pack([str(path)], DataOptions(detokenizer=detokenizer), tokenizer, 16)
+
+
+def test_shards_of_another_detokenizer_are_refused(run, tmp_path):
+    (tmp_path / "wiki.txt").write_text(WIKI * 9)
+    plain = rows_of(tmp_path / "wiki.txt", None, run).folder
+    wiki = rows_of(tmp_path / "wiki.txt", "wikitext", run).folder
+    assert plain != wiki
+    assert rows_of(wiki, None, run).folder == rows_of(wiki, "wikitext", run).folder == wiki
+    for folder, how in ((plain, "without --det"), (wiki, "with --detokenizer wikitext: expected")):
+        with pytest.raises(UserError, match=f"was packed {how}.*--detokenizer ptb"):
+            rows_of(folder, "ptb", run)
+        with pytest.raises(UserError, match=f"was packed {how}.*--detokenizer ptb"):
+            evaluate(run, f"--eval_sets={folder}", "--detokenizer=ptb")
+
+
 def test_evaluations_add_up_and_the_same_one_is_replaced(run, bench):
     text = bench / "plain.txt"
     evaluate(run, f"--eval_sets={text}")
@@ -345,7 +391,7 @@ def test_a_checkpoint_of_no_run_keeps_its_evaluation_itself(run, bench, tmp_path
     [
         (["--eval_sets=nowhere"], "--eval_sets nowhere: no such file"),
         (["--eval_sets=.", "--stride=64"], "--stride 64: expected 1 to 32"),
-        (["--detokenizer=wikitext"], "--detokenizer needs --eval_sets"),
+        (["--detokenizer=auto"], "--detokenizer auto needs --eval_sets: expected the name"),
         (["--stride=0"], "above zero, got --stride 0"),
         (["--eval_sets=.", "--seq_len=64"], "rows of 64 tokens do not fit the model's 32"),
     ],

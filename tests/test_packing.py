@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 
 from algpt2 import corpus, packing, token_store
-from algpt2.corpus import BrokenInput, hash_fraction
+from algpt2.corpus import BrokenInput, ChangedInput, hash_fraction
+from algpt2.detokenizers import wikitext
 from algpt2.errors import UserError
 from algpt2.packing import pack
 from algpt2.tfrecords import MANIFEST_FILE, open_rows, read_manifest
 from algpt2.token_store import Segments, StreamRows, TokenStore, encode_documents
+from algpt2.tokenization_algpt2 import load_tokenizer
 
 EOT = 99
 
@@ -476,9 +478,11 @@ def many(tmp_path_factory):
 
 
 @pytest.fixture
-def small_tasks(monkeypatch):
-    monkeypatch.setattr(token_store, "TASK_FILES", 7)
-    monkeypatch.setattr(corpus, "RUN_FILES", 7)
+def small_tasks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_store, "TASK_FILES", 7)
+        patch.setattr(corpus, "RUN_FILES", 7)
+        yield
 
 
 def all_contents(folder):
@@ -613,6 +617,33 @@ def test_shuffled_documents_are_the_same_documents(tmp_path, many):
     assert len(set(orders[1]) ^ set(in_order)) <= 2
 
 
+def test_a_detokenizer_changes_the_tokens_and_nothing_else(tmp_path, tokenizer_folder, small_tasks):
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    texts = [f"the model {i} , a small @-@ block 's \n layer ." for i in [*range(20), 3, 4]]
+    spaced = write_texts(tmp_path / "spaced", *texts)
+    joined = write_texts(tmp_path / "joined", *map(wikitext, texts))
+    picks = {"dedup": True, "valid_fraction": 0.3, "shuffle_documents": True}
+    for name, options in (("stream", {}), ("picked", picks)):
+        plain, whole = tmp_path / f"{name}-plain", tmp_path / f"{name}-1"
+        pack(spaced, tokenizer, plain, seq_len=5, workers=1, **options)
+        for workers in (1, 2):
+            folder = tmp_path / f"{name}-{workers}"
+            given = {"detokenizer": "wikitext", "workers": workers}
+            pack(spaced, tokenizer, folder, seq_len=5, **given, **options)
+        assert all_contents(whole) == all_contents(folder)
+        for split in ("train", "valid") if options else ("",):
+            before, after = read_manifest(plain / split), read_manifest(whole / split)
+            assert (before.detokenizer, after.detokenizer) == (None, "wikitext")
+            assert after.tokens < before.tokens
+            for field in ("documents", "text_bytes", "words", "line_ends", "duplicates"):
+                assert getattr(before, field) == getattr(after, field)
+            assert after.duplicates == (2 if options else 0)
+    pack(joined, tokenizer, tmp_path / "alone", seq_len=5, workers=1)
+    assert stored(tmp_path / "stream-1") == stored(tmp_path / "alone")
+    with pytest.raises(UserError, match="detokenizer: None -> wikitext"):
+        pack(spaced, tokenizer, tmp_path / "stream-plain", seq_len=5, detokenizer="wikitext")
+
+
 def test_more_shards_than_rows_is_an_error(tmp_path, text):
     with pytest.raises(UserError, match="--n_shards 9 needs as many rows, the text makes 4"):
         pack(text, TOKENIZER, tmp_path / "out", seq_len=4, n_shards=9)
@@ -623,6 +654,54 @@ def test_a_killed_worker_is_a_clear_error_and_nothing_is_lost(tmp_path, many, sm
         pack(many, DyingTokenizer(), tmp_path / "out", seq_len=5, workers=2)
     manifest = pack(many, TOKENIZER, tmp_path / "out", seq_len=5, workers=2)
     assert manifest.documents == 60
+
+
+def test_a_file_that_changes_costs_its_own_task_only(tmp_path, small_tasks, monkeypatch):
+    texts = ["".join(chr(97 + (i + j) % 26) for j in range(9)) for i in range(40)]
+    source, out = write_texts(tmp_path / "text", *texts), tmp_path / "out"
+    changed = sorted(Path(source).iterdir())[30]
+    counting = CountingTokenizer()
+    choose = packing.choose_encoder
+
+    def then_change(*args):
+        changed.write_text("changed")
+        return choose(*args)
+
+    monkeypatch.setattr(packing, "choose_encoder", then_change)
+    with pytest.raises(UserError, match=f"{changed.name} has changed since the files were listed"):
+        pack(source, counting, out, seq_len=5, workers=1)
+    monkeypatch.undo()  # small_tasks has one of its own
+    assert counting.n_encoded >= 28  # four tasks of seven
+    assert [path.name for path in out.iterdir()] == [".packing"]
+    counting.n_encoded = 0
+    pack(source, counting, out, seq_len=5, workers=1)
+    pack(source, TOKENIZER, tmp_path / "straight", seq_len=5, workers=1)
+    assert counting.n_encoded == 12
+    assert all_contents(out) == all_contents(tmp_path / "straight")
+
+
+def test_tasks_of_another_command_are_not_taken(tmp_path, many, small_tasks):
+    def change(*args, **options):
+        raise ChangedInput("changed")
+
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "order_documents", change)
+        with pytest.raises(ChangedInput):
+            pack(many, TOKENIZER, out, seq_len=5, workers=1, dedup=True)
+    assert list(out.glob(".packing/*.tokens"))
+    other = {"seq_len": 5, "workers": 1, "dedup": True, "use_control_codes": False}
+    pack(many, TOKENIZER, out, **other)
+    pack(many, TOKENIZER, tmp_path / "straight", **other)
+    assert all_contents(out) == all_contents(tmp_path / "straight")
+
+
+class CountingTokenizer(CharacterTokenizer):
+    n_encoded = 0
+
+    def encode_batch(self, texts):
+        self.n_encoded += len(texts)
+        return super().encode_batch(texts)
 
 
 class DyingTokenizer(CharacterTokenizer):
