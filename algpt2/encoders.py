@@ -55,8 +55,10 @@ class FastEncoder:
     def __call__(self, text: bytes | str) -> np.ndarray:
         raw = text.encode() if isinstance(text, str) else text
         if self._can_cut and len(raw) > PIECE_BYTES:
-            pieces = (self._encode(piece) for piece in _pieces(raw))
-            return np.concatenate([ids.astype(self._oracle.dtype) for ids in pieces])
+            ids = bytearray()  # grows in place: of gigabytes there is one copy
+            for piece in _pieces(raw):
+                ids += self._encode(piece).astype(self._oracle.dtype).data
+            return np.frombuffer(ids, self._oracle.dtype)
         return self._encode(raw)
 
     def _encode(self, raw: bytes) -> np.ndarray:

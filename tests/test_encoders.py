@@ -104,7 +104,7 @@ def test_an_encoder_that_differs_is_not_used(tokenizer, monkeypatch, capsys):
     assert "differ on 1 of 2 documents" in capsys.readouterr().out
     build_encoder.cache_clear()
     encode = build_encoder(tokenizer, choice["name"])
-    assert np.array_equal(encode("several words"), tokenizer.encode_batch(["several words"])[0])
+    assert np.array_equal(encode(b"several words"), tokenizer.encode_batch(["several words"])[0])
 
 
 def test_a_tokenizer_that_it_does_not_know_is_left_to_tokenizers(tokenizer, capsys):
