@@ -54,8 +54,10 @@ class FastEncoder:
 
     def __call__(self, text: bytes) -> np.ndarray:
         if self._can_cut and len(text) > PIECE_BYTES:
-            pieces = (self._encode(piece) for piece in _pieces(text))
-            return np.concatenate([ids.astype(self._oracle.dtype) for ids in pieces])
+            ids = bytearray()  # grows in place: of gigabytes there is one copy
+            for piece in _pieces(text):
+                ids += self._encode(piece).astype(self._oracle.dtype).data
+            return np.frombuffer(ids, self._oracle.dtype)
         return self._encode(text)
 
     def _encode(self, text: bytes) -> np.ndarray:

@@ -63,6 +63,7 @@ BINARY_SUFFIXES = set(
 )
 BYTES = ("utf-8", "surrogateescape")  # arguments of encode and decode
 SMALL_BYTES = 1 << 16  # a file is read with one call up to this size
+LONG_BYTES = 1 << 24  # a line of JSON whose memory matters
 MAX_DEPTH = 4  # of archives in archives
 MAX_BROKEN = 1000  # messages kept in a report
 
@@ -349,12 +350,16 @@ class PartReader:
 
     def _read_rows(self, lines: Iterator[bytes], where: str, start: int = 0) -> RawTexts:
         """The texts of lines of JSON; `start`: the byte of the first one."""
-        key = self.reading.text_key
-        position = start
-        for number, raw in enumerate(lines, start=1):
+        number, position = 0, start
+        for raw in lines:
+            number += 1
             at = f"{where}, byte {position:,}" if start else f"{where}, line {number}"
             position += len(raw)
-            line = _without_mark(raw).decode(*BYTES)
+            raw = _without_mark(raw)
+            # A character of a text with one emoji takes four bytes in Python, one in this disguise.
+            encoding = ("latin-1",) if len(raw) > LONG_BYTES and b"\\u" not in raw else BYTES
+            key = self.reading.text_key.encode(*BYTES).decode(*encoding)
+            line, raw = raw.decode(*encoding), b""
             try:
                 row = json.loads(line) if not line.isspace() else {key: None}
                 if not isinstance(row, dict):
@@ -363,8 +368,9 @@ class PartReader:
                 self.count_broken(Broken(f"{at}: expected a JSON object, {error}"))
                 continue
             _field(row, key, at)
-            raw, line = b"", ""  # of gigabytes, perhaps
-            yield row.pop(key)
+            line = ""  # of gigabytes, perhaps
+            text = row.pop(key)
+            yield text if encoding is BYTES or text is None else text.encode(*encoding)
 
     def _read_table(
         self, source: str | BinaryIO, where: str, start: int = 0, stop: int | None = None

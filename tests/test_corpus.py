@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from algpt2 import corpus, docstrings
+from algpt2 import corpus, docstrings, readers
 from algpt2.corpus import (
     BrokenInput,
     CorpusReport,
@@ -339,6 +339,20 @@ def test_a_folder_that_cannot_be_listed_is_broken(tmp_path, monkeypatch):
     report = CorpusReport()
     assert read(tmp_path, skip_broken=True, report=report) == ["text"]
     assert report.n_broken == 1
+
+
+def test_a_long_line_of_json_gives_what_a_short_one_gives(tmp_path, monkeypatch):
+    rows = [{"tëxt": t} for t in ("€🙂 \n text", "", None, "\\ and \\u00e9", 'a "quote"')]
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    content = content.encode() + lines({"tëxt": "é🙂"}).encode() + b'{"t\xc3\xabxt": "bad \xff"}\n'
+    path = write(tmp_path / "a.jsonl", content)
+    short = read(path, text_key="tëxt")
+    monkeypatch.setattr(readers, "LONG_BYTES", 1)
+    assert read(path, text_key="tëxt") == short
+    assert short[::2] == ["€🙂 \n text", 'a "quote"', "bad \ufffd"]
+    write(path, '{"b": "x"}\n')
+    with pytest.raises(UserError, match=r"no .t.{1,2}xt."):
+        read(path, text_key="tëxt")
 
 
 @pytest.mark.parametrize("words_bytes", [1, 2, 7])
