@@ -9,6 +9,7 @@ import base64
 import contextlib
 import fnmatch
 import hashlib
+import logging
 import multiprocessing
 import os
 import re
@@ -185,6 +186,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     import fsspec
 
     protocol = url.partition("://")[0]
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # a traceback with each failed request
     try:
         return fsspec.url_to_fs(url)
     except ImportError as error:
