@@ -118,7 +118,7 @@ def test_killed_in_every_request_to_the_store(flags, memory, straight, monkeypat
     monkeypatch.setattr(RemotePath, "put", fatal(RemotePath.put))
     monkeypatch.setattr(RemotePath, "unlink", fatal(RemotePath.unlink))
     deaths = 0
-    for fatal_call in [1, 3, 9, 16, 21, 35, 10**9]:
+    for fatal_call in [1, 3, 9, 16, 21, 20, 10**9]:
         calls |= {"n": 0, "fatal": fatal_call}
         try:
             train_pt.main(flags(keep_last=1))
@@ -193,9 +193,7 @@ def test_what_is_there_is_not_overwritten_unasked(flags, memory):
 def test_a_checkpoint_at_a_url_is_evaluated_sampled_and_exported(flags, memory, tmp_path, capsys):
     train_pt.main(flags(max_steps=2))
     lose_the_machine()
-    eval_flags = [f for f in flags(checkpoint=URL, config=None, save_dir=None)]
-    train_pt.main([*eval_flags, "--eval_only"])
-    train_tf.main([*eval_flags, "--eval_only"])
+    train_pt.main([*flags(checkpoint=URL, config=None), "--eval_only"])
     train_pt.main([*flags(checkpoint=f"{URL}/checkpoint-00000002"), "--sample_only",
                    "--max_length=8"])  # fmt: skip
     assert "checkpoint-00000002" in capsys.readouterr().out
