@@ -57,16 +57,21 @@ def run_folder(report: ReportOptions, overwrite: bool) -> Iterator[Path]:
         try:
             yield folder
         except Exception:
-            copy_or_warn(report)
+            copy_or_warn(report, step=-1)
             raise
 
 
-def copy_or_warn(report: ReportOptions) -> bool:
-    """Copy to the URL what it lacks (process 0); a failure is a warning, and False."""
+def copy_or_warn(report: ReportOptions, step: int) -> bool:
+    """Copy to the URL what it lacks (process 0); a failure is a warning, and False.
+
+    Args:
+        step: of the run. A checkpoint that claims to be newer is not of this run: it stays, here
+            and there.
+    """
     if not is_remote(report.save_dir) or not is_main_process():
         return True
     try:
-        _copy(local_folder(report.save_dir), as_path(report.save_dir), report)
+        _copy(local_folder(report.save_dir), as_path(report.save_dir), report, step)
     except OSError as error:
         folder = local_folder(report.save_dir)
         log(f"warning: {describe(error)}; the next checkpoint tries again, {folder} has everything")
@@ -102,14 +107,16 @@ def fetch_checkpoint(path: str) -> str:
     if not is_remote(path):
         return path
     there = as_path(path)
-    steps = _complete_steps(there.files())
-    if steps:
-        there /= f"checkpoint-{steps[-1]:08d}"
-    elif not (there / "config.json").is_file():
+    if steps := _complete_steps(there.files()):
+        newest = _fetch_newest(there, local_folder(path), steps)
+        if newest is None:
+            raise UserError(f"no complete checkpoint at {there}, {len(steps)} damaged")
+        return str(newest)
+    if not (there / "config.json").is_file():
         raise UserError(f"no checkpoint at {path}: expected config.json or checkpoint-* in it")
-    above = there.url.rpartition("/")[0]
-    is_of_run = is_checkpoint_name(there.name)
-    return str(_fetch(there, local_folder(above) / there.name if is_of_run else local_folder(path)))
+    if not is_checkpoint_name(there.name):
+        return str(_fetch(there, local_folder(path)))
+    return str(_fetch(there, local_folder(there.url.rpartition("/")[0]) / there.name))
 
 
 def _meet(report: ReportOptions, folder: Path, overwrite: bool) -> None:
@@ -138,27 +145,31 @@ def _meet(report: ReportOptions, folder: Path, overwrite: bool) -> None:
     here, steps = _newest_here(folder), _complete_steps(files)
     newer = [step for step in steps if step > here]
     if here >= 0 and not newer:
-        copy_or_warn(report)  # what is newer here: other machines fetch it from there
+        copy_or_warn(report, here)  # what is newer here: other machines fetch it from there
         return
     for name in FILES:
         remove(folder / name)
         if name in files:
             (home / name).get(folder / name)
-    for step in reversed(newer):
-        name = f"checkpoint-{step:08d}"
-        try:
-            _fetch(home / name, folder / name)
-            return
-        except UserError as error:
-            log(f"warning: {describe(error)}; looking for an older checkpoint")
-    if steps and here < 0:
+    if _fetch_newest(home, folder, newer) is None and steps and here < 0:
         raise UserError(
             f"no complete checkpoint at {home}, {len(steps)} damaged: bring one back, choose "
             "another --save_dir, or --overwrite to start anew"
         )
 
 
-def _copy(folder: Path, home: RemotePath, report: ReportOptions) -> None:
+def _fetch_newest(home: RemotePath, folder: Path, steps: list[int]) -> Path | None:
+    """The newest whole checkpoint of `steps`, here; each newer, broken one is named."""
+    for step in reversed(steps):
+        name = f"checkpoint-{step:08d}"
+        try:
+            return _fetch(home / name, folder / name)
+        except UserError as error:
+            log(f"warning: {describe(error)}; looking for an older checkpoint")
+    return None
+
+
+def _copy(folder: Path, home: RemotePath, report: ReportOptions, step: int) -> None:
     """Copy to `home` what it lacks of the run in `folder`, and remove what is not kept.
 
     Raises:
@@ -171,7 +182,8 @@ def _copy(folder: Path, home: RemotePath, report: ReportOptions) -> None:
         raise OSError(f"{home} has been taken by another run: nothing is copied there")
     lacking = [
         path for path in checkpoint_folders(folder)
-        if is_plain_file(path / STATE_FILE) and not _is_copy(path, home / path.name)
+        if _step(path.name) <= step and is_plain_file(path / STATE_FILE)
+        and not _is_copy(path, home / path.name)
     ]  # fmt: skip
     # First, as it makes the folder known as a run's; and a checkpoint that counts has its lines.
     for name in FILES:
@@ -183,17 +195,18 @@ def _copy(folder: Path, home: RemotePath, report: ReportOptions) -> None:
             if file.name != STATE_FILE:
                 (home / path.name / file.name).put(file)
         (home / path.name / STATE_FILE).put(path / STATE_FILE)
-    _prune(home, report)
+    _prune(home, report, step)
 
 
-def _prune(home: RemotePath, report: ReportOptions) -> None:
-    """Remove the checkpoints that are not kept, and the rests of some, older than the newest."""
+def _prune(home: RemotePath, report: ReportOptions, step: int) -> None:
+    """Remove the checkpoints up to `step` that are not kept, and what is left of older ones."""
     files = home.files()
-    complete = _complete_steps(files)
-    outdated = set(outdated_steps(complete, report.keep_last, report.milestone_steps))
-    for name in {name.partition("/")[0] for name in files}:
-        step = int(name.rpartition("-")[2]) if is_checkpoint_name(name) else complete[-1]
-        if step in outdated or (step not in complete and step < complete[-1]):
+    complete = [complete for complete in _complete_steps(files) if complete <= step]
+    outdated = outdated_steps(complete, report.keep_last, report.milestone_steps)
+    folders = {name.partition("/")[0] for name in files}
+    for name in filter(is_checkpoint_name, folders if complete else ()):
+        is_rest = _step(name) < complete[-1] and _step(name) not in complete
+        if is_rest or _step(name) in outdated:
             _remove(home, [file for file in files if file.startswith(f"{name}/")])
 
 
@@ -276,9 +289,13 @@ def _complete_steps(files: dict[str, int]) -> list[int]:
     """Steps of the checkpoints that have a marker, in order."""
     folders = [name.partition("/") for name in files]
     return sorted(
-        int(name.rpartition("-")[2]) for name, _, file in folders
+        _step(name) for name, _, file in folders
         if is_checkpoint_name(name) and file == STATE_FILE
     )  # fmt: skip
+
+
+def _step(name: str) -> int:
+    return int(name.rpartition("-")[2])
 
 
 def _is_of_run(name: str) -> bool:

@@ -341,7 +341,7 @@ def finish(done: bool, step: int, run: dict[str, Any], options: TrainOptions) ->
     """The last words of a training and its exit code; of a run that is done also its before and
     after, and its upload."""
     save_dir = local_folder(options.report.save_dir)
-    copied = mirror.copy_or_warn(options.report)
+    copied = mirror.copy_or_warn(options.report, step)
     log(f"{'done' if done else 'stopped'} at step {step}: {options.report.save_dir}")
     if done and not copied:
         raise UserError(

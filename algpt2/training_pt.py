@@ -585,7 +585,7 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer, state: dict[str, Any]
                 f"({describe(error)}); earlier ones are whole, the same command continues from them"
             ) from error
         prune_checkpoints(save_dir, report.keep_last, report.milestone_steps, trainer.step)
-        copy_or_warn(report)
+        copy_or_warn(report, trainer.step)
     if trainer.processes.count > 1:
         dist.barrier()
 

@@ -715,7 +715,7 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer | None, state: dict[st
                 f"({describe(error)}); earlier ones are whole, the same command continues from them"
             ) from error
         prune_checkpoints(save_dir, kept.keep_last, kept.milestone_steps, trainer.step)
-        copy_or_warn(kept)
+        copy_or_warn(kept, trainer.step)
     trainer.processes.barrier()
 
 

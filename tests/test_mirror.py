@@ -162,7 +162,15 @@ def test_of_two_places_the_newer_counts(flags, memory, straight, capsys):
     train_pt.main(flags(max_minutes=1e-9))
     assert f"{URL}/checkpoint-00000003/model.safetensors is damaged" in capsys.readouterr().out
     assert newest_checkpoint(local_folder(URL)).step == 3
-    train_pt.main(flags())
+    lose_the_machine()
+    for name in ("checkpoint-00000002", "checkpoint-00000003"):
+        memory.pipe_file(f"/bucket/run/{name}/config.json", b"{}")
+    with pytest.raises(UserError, match=f"no complete checkpoint at {URL}, 2 damaged"):
+        train_pt.main(flags())
+    memory.rm("/bucket/run/checkpoint-00000002", recursive=True)
+    memory.rm_file("/bucket/run/checkpoint-00000003/training_state.json")
+    train_pt.main(flags(keep_last=1))  # anew, as no checkpoint counts
+    assert not any("00000003" in name for name in at_url())  # the rest of one is removed
     assert outcome(at_url()) == straight
 
 
@@ -183,7 +191,7 @@ def test_what_is_there_is_not_overwritten_unasked(flags, memory):
     there = json.loads(first) | {"wandb_id": "other"}
     memory.pipe_file("/bucket/run/run.json", json.dumps(there).encode())
     report = train_pt.parse(train_pt.TrainOptions, flags(max_steps=4)).report
-    assert not mirror.copy_or_warn(report)
+    assert not mirror.copy_or_warn(report, 4)
     with pytest.raises(UserError):
         train_pt.main(flags(max_steps=4, lr=0.5))  # a damaged run.json: its checksum is wrong
     aside = list(local_folder(URL).parent.glob(f"{local_folder(URL).name}.2*"))
