@@ -18,10 +18,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Export the checkpoint that the options name."""
     options = parse(ExportOptions, argv)
     from algpt2.convert_pt import WEIGHTS_FILE, export_gpt2
+    from algpt2.mirror import fetch_checkpoint
     from algpt2.report import log
 
     out = Path(options.out)
-    config = export_gpt2(options.checkpoint, out, overwrite=options.overwrite)
+    config = export_gpt2(fetch_checkpoint(options.checkpoint), out, overwrite=options.overwrite)
     size = (out / WEIGHTS_FILE).stat().st_size
     log(f"{out}: GPT-2 of {config.n_layer} layers, {config.n_embd} wide, {size / 1e6:,.1f} MB")
 

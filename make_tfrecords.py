@@ -8,10 +8,12 @@
     python3 make_tfrecords.py --path a.jsonl.gz "b/**/*.txt" hf:NAME:train --save_path shards/
 
     python3 make_tfrecords.py --path owt.tar --dedup --valid_fraction 0.01 --n_shards 16
+    python3 make_tfrecords.py --path owt.tar --n_shards 16 --save_path gs://BUCKET/train
     python3 make_tfrecords.py --verify shards/
 
 Interrupted, repeat the command: it goes on, to the same bytes. A finished folder says that it is
-done; other options in the same folder are an error.
+done; other options in the same folder are an error. At a URL (any of fsspec's) it is the same; the
+disk here then holds only the tokens (about half as many bytes as the text) and a shard per worker.
 
 What is left behind:
 

@@ -11,7 +11,6 @@ Repeat a command and the run continues where it stopped; a finished run says so.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from algpt2.errors import run_script
 from algpt2.options import TrainOptions, parse
@@ -29,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def train(options: TrainOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
-    from algpt2 import model_card, report, runs, training_pt
+    from algpt2 import mirror, model_card, report, runs, training_pt
     from algpt2.checkpoints import find_checkpoint, newest_checkpoint
 
     # 1. Processes, tokenizer and data
@@ -42,8 +41,7 @@ def train(options: TrainOptions) -> int | None:
     # 2. The run: new, or the continuation of the one in save_dir
     n_steps = runs.count_steps(options.optim, len(rows), seq_len)
     run = runs.describe_run(options, rows, val_rows, n_steps)
-    save_dir = Path(options.report.save_dir)
-    with report.locked(save_dir):
+    with mirror.run_folder(options.report, options.overwrite) as save_dir:
         run, checkpoint = processes.on_main(
             lambda: (report.open_run(save_dir, run, options.overwrite), newest_checkpoint(save_dir))
         )

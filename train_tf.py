@@ -12,7 +12,6 @@ those of train_pt.py: a run begun there continues here, and the other way round.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from algpt2.errors import run_script
 from algpt2.options import TFTrainOptions, parse
@@ -30,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def train(options: TFTrainOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
-    from algpt2 import model_card, report, runs, training_tf
+    from algpt2 import mirror, model_card, report, runs, training_tf
     from algpt2.checkpoints import find_checkpoint
 
     # 1. Devices, tokenizer and data
@@ -44,8 +43,7 @@ def train(options: TFTrainOptions) -> int | None:
     # 2. The run: new, or the continuation of the one in save_dir
     n_steps = runs.count_steps(options.optim, len(rows), seq_len)
     run = runs.describe_run(options, rows, val_rows, n_steps)
-    save_dir = Path(options.report.save_dir)
-    with report.locked(save_dir):
+    with mirror.run_folder(options.report, options.overwrite) as save_dir:
         run, checkpoint = training_tf.open_run(save_dir, run, options.overwrite, processes)
 
         # 3. Model and optimizer, in the state of the checkpoint

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def train(flags: TFRecordOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
-    from algpt2 import input_tf, report, runs, training_tf
+    from algpt2 import input_tf, mirror, report, runs, training_tf
 
     # 1. Devices, and shards that fit them and the model
     options = flags.train_options()
@@ -53,8 +53,7 @@ def train(flags: TFRecordOptions) -> int | None:
         report.log(f"--train_len {n_rows:,}: the shards hold {shards.manifest.n_rows:,} rows")
     n_steps = runs.count_steps(options.optim, n_rows, inputs.seq_len)
     run = runs.describe_run(options, shards, val_shards, n_steps)
-    save_dir = Path(flags.save_dir)
-    with report.locked(save_dir):
+    with mirror.run_folder(options.report, options.overwrite) as save_dir:
         run, checkpoint = training_tf.open_run(save_dir, run, options.overwrite, processes)
 
         # 3. Model and optimizer, in the state of the checkpoint

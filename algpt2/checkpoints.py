@@ -195,9 +195,15 @@ def prune_checkpoints(
         folder for folder in checkpoint_folders(save_dir)
         if _step_of(folder) <= step and is_plain_file(folder / STATE_FILE)
     ]  # fmt: skip
-    for folder in own[:-keep_last]:
-        if not milestone_steps or _step_of(folder) % milestone_steps:
+    outdated = outdated_steps([_step_of(folder) for folder in own], keep_last, milestone_steps)
+    for folder in own:
+        if _step_of(folder) in outdated:
             shutil.rmtree(folder)
+
+
+def outdated_steps(steps: Sequence[int], keep_last: int, milestone_steps: int | None) -> list[int]:
+    """Of the steps of checkpoints, in order, those that are not kept."""
+    return [step for step in steps[:-keep_last] if not milestone_steps or step % milestone_steps]
 
 
 # --- files that are there whole or not at all ----------------------------------------------------

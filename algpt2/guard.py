@@ -10,13 +10,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .checkpoints import newest_checkpoint
 from .errors import NonFiniteError
+from .remote import local_folder
 from .report import log
 
 WINDOW = 128  # steps that the mean is of: both numbers drift little in them
@@ -146,7 +146,7 @@ class Hint:
 
 def last_checkpoint(save_dir: str) -> str:
     """The words for where a stopped run can be continued."""
-    checkpoint = newest_checkpoint(Path(save_dir), log)
+    checkpoint = newest_checkpoint(local_folder(save_dir), log)
     return f"the last good checkpoint is {checkpoint.folder}" if checkpoint else "no checkpoint yet"
 
 

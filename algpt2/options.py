@@ -118,7 +118,7 @@ class PackOptions:
     """Pack a corpus into TFRecord shards that every trainer reads."""
 
     path: tuple[str, ...] = ("docs:train",)  # folder, file, glob, hf:NAME[:SPLIT] or docs:
-    save_path: str = "runs/shards"  # folder to write: 0.tfrecord ... and manifest.json
+    save_path: str = "runs/shards"  # folder or URL (gs://...): 0.tfrecord ... and manifest.json
     tokenizer: str | None = None  # folder, or name of a tokenizer; default: algpt2-tokenizer
     seq_len: int = 256  # tokens that a row predicts; its record holds one more
     files_per_tfrecord: int = 500_000  # documents per shard; shards hold equal numbers of rows
@@ -143,7 +143,7 @@ class PackOptions:
     seed: int = 42  # of --shuffle_documents
     workers: int | None = None  # processes; default: as many as cores; the bytes are the same
     ray: str | None = None  # address of a Ray cluster that does the work (needs: pip install ray)
-    verify: str | None = None  # check the shards in this folder, record by record, and stop
+    verify: str | None = None  # check the shards in this folder or URL, every record, and stop
     overwrite: bool = False  # remove the shards in save_path and pack anew
     debug: bool = False  # a traceback with every error
 
@@ -184,7 +184,7 @@ class ModelOptions:
     """What is trained."""
 
     config: str | None = None  # config name or folder; default: algpt2-tiny
-    checkpoint: str | None = None  # folder of a run, a checkpoint, any causal LM, or hub name
+    checkpoint: str | None = None  # run, checkpoint or any causal LM: folder, URL or hub name
     from_scratch: bool = False  # random weights (implied without --checkpoint)
     init_from: str | None = None  # GPT-2 or ALGPT2 checkpoint that starts --config (SVD, means)
     init_blocks: tuple[str, ...] | None = None  # mean, first, last or layers; default: mean
@@ -224,7 +224,7 @@ class OptimOptions:
 class ReportOptions:
     """What is reported and kept."""
 
-    save_dir: str = "runs/train"  # the run's folder: metrics.jsonl, run.json, checkpoint-*
+    save_dir: str = "runs/train"  # the run's folder, or URL: metrics.jsonl, run.json, checkpoint-*
     logging_steps: int = 10  # steps between lines of metrics.jsonl
     eval_steps: int | None = None  # steps between evaluations; default: a tenth of the run
     save_steps: int | None = None  # steps between checkpoints; default: as eval_steps
@@ -380,7 +380,7 @@ class TFRecordOptions:
     device: str = "auto"  # without a TPU: auto, cpu, gpu
     n_devices: int | None = None  # GPUs to train on; or so many logical devices of the CPU
     compile: bool = False  # XLA without a TPU: faster on GPUs, slower on CPUs
-    save_dir: str = "runs/tfrecords"  # the run's folder: metrics.jsonl, run.json, checkpoint-*
+    save_dir: str = "runs/tfrecords"  # the run's folder, or URL (gs://...)
     save_batches: int = 1000  # steps between checkpoints
     eval_batches: int | None = None  # steps between evaluations; default: as save_batches
     log_batches: int = 10  # steps between lines of metrics.jsonl

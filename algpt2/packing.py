@@ -8,12 +8,17 @@ The folder's life, each step whole or not at all, so that a killed run goes on t
     manifest.json          last: from here on the folder is finished, and .packing is removed
 
 With a validation split the shards lie in train/ and valid/, each with its manifest.
+
+A folder at a URL (gs://, s3:// ...) is packed in the cache: each shard is uploaded when it is
+complete and its copy here removed, the manifest comes last. This machine needs room for the tokens
+(2 or 4 bytes each) and one shard for each worker.
 """
 
 import contextlib
 import functools
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,6 +51,7 @@ from .encoders import ENCODERS, choose_encoder
 from .errors import UserError, describe
 from .options import PackOptions
 from .parallel import available_cores, keep_freed_memory, run_tasks
+from .remote import RemotePath, as_path, local_folder
 from .report import Progress, log
 from .tfrecords import (
     FORMAT_VERSION,
@@ -88,6 +94,7 @@ class Running:
     workers: int
     ray: str | None
     skip_broken: bool  # a task that is done had nothing broken, or left it out
+    home: RemotePath | None = None  # where the shards go, if that is no folder of this machine
 
 
 def pack(
@@ -126,7 +133,7 @@ def pack(
     leaves out copies of earlier ones, `shuffle_documents` orders them by `seed`, `valid_fraction`
     gives that share, chosen by the documents' hashes, a folder `valid` beside `train`. The bytes do
     not depend on `workers` (None: as many as cores) and `ray`. Returns the manifest (of `train`,
-    where there are two).
+    where there are two). `save_path` may be a URL.
 
     Raises:
         BrokenInput: damaged files; what was done before is kept for the command with `skip_broken`.
@@ -134,9 +141,10 @@ def pack(
             other files now.
         UserError: text too short for one row, an unknown control code, a folder that holds
             something else or shards of other options, or that cannot be written.
-        OSError: disk full; repeat the command when there is space.
+        OSError: disk full, or an upload that fails; repeat the command, it goes on.
     """
-    sources, save_path = [sources] if isinstance(sources, str) else list(sources), Path(save_path)
+    sources, home = [sources] if isinstance(sources, str) else list(sources), as_path(save_path)
+    save_path, home = local_folder(save_path), home if isinstance(home, RemotePath) else None
     options = {
         "files_per_tfrecord": files_per_tfrecord,
         "n_shards": n_shards,
@@ -160,10 +168,14 @@ def pack(
     with _locked(save_path):
         if overwrite:
             _remove_packing(save_path, plan)
-        if finished := _finished(save_path, plan):
-            log(f"{save_path} is done: {summary(finished)}")
+        if home is not None:
+            finished = _meet_home(home, save_path, plan, overwrite)
+        else:
+            finished = _finished(save_path, plan)
+        if finished:
+            log(f"{home or save_path} is done: {summary(finished)}")
             return finished
-        running = Running(workers or available_cores(), ray, skip_broken)
+        running = Running(workers or available_cores(), ray, skip_broken, home)
         return _pack(parts, report, tokenizer, save_path, plan, start_id, running)
 
 
@@ -195,7 +207,7 @@ def _pack(
     """Both phases; the manifest of the finished folder."""
     start_s = time.monotonic()
     keep_freed_memory()  # of this process, which may be the only worker
-    work = _open_work(save_path, plan)
+    work, home = _open_work(save_path, plan), running.home
     try:
         store, encoder = _encode(parts, report, tokenizer, work, plan, start_id, running)
         splits, duplicates = _choose_documents(store, report, plan["options"])
@@ -206,7 +218,9 @@ def _pack(
         for name in reversed(manifests):  # train last: it finishes the folder
             manifest = Manifest(**manifests[name], duplicates=duplicates, encoder=encoder)
             write_manifest(save_path / name, manifest)
-            log(f"{save_path / name}: {summary(manifest)}")
+            if home is not None:
+                (home / name / MANIFEST_FILE).put(save_path / name / MANIFEST_FILE)
+            log(f"{(home or save_path) / name}: {summary(manifest)}")
     except BrokenInput:  # the same command with --skip_broken goes on
         raise
     except UserError as error:  # another command is needed: nothing may stand in its way
@@ -216,8 +230,12 @@ def _pack(
                 (work / name).unlink(missing_ok=True)
         else:
             shutil.rmtree(work)
+        if home is not None:
+            _remove_from_home(home)
         raise
     shutil.rmtree(work)
+    if home is not None:
+        _leave_home(home, save_path)
     seconds = max(1e-9, time.monotonic() - start_s)
     log(f"read {report.summary()}")
     log(f"{seconds:.1f} s, {report.text_bytes / 1e6 / seconds:.2f} MB/s, {running.workers} workers")
@@ -409,9 +427,10 @@ def _write_split(
         (folder / f"{i}.tfrecord", segments.cut(place, place + size * seq_len + 1))
         for i, place in enumerate(places)
     ]
-    function = functools.partial(_write_shard, work, store, seq_len)
+    function = functools.partial(_write_shard, work, store, seq_len, running.home)
     shards: list[Shard] = []
-    with Progress("write", total=n_shards * size, unit=" rows") as progress:
+    doing = "write and upload" if running.home else "write"
+    with Progress(doing, total=n_shards * size, unit=" rows") as progress:
         for shard in run_tasks(function, tasks, workers=running.workers, ray=running.ray):
             shards.append(shard)
             progress.update(size)
@@ -425,15 +444,27 @@ def _write_split(
     }
 
 
-def _write_shard(work: Path, store: TokenStore, seq_len: int, task: tuple[Path, Segments]) -> Shard:
-    """Write one shard, unless it is there and complete."""
+def _write_shard(
+    work: Path,
+    store: TokenStore,
+    seq_len: int,
+    home: RemotePath | None,
+    task: tuple[Path, Segments],
+) -> Shard:
+    """Write one shard, unless it is there and complete; with a `home` it moves there."""
     path, segments = task
+    there = home and home / path.relative_to(work.parent).as_posix()
     done = work / f"shard-{path.parent.name if path.parent != work.parent else ''}-{path.stem}.json"
     with contextlib.suppress(FileNotFoundError, UserError):  # not done, or damaged since: again
         shard = shard_from_json(read_record(done).get("shard"), done)
-        if describe_file(path) == (shard.bytes, shard.sha256):
+        if there and there.stat().st_size == shard.bytes:
+            return shard
+        if not there and describe_file(path) == (shard.bytes, shard.sha256):
             return shard
     shard = write_shard(path, StreamRows(store, segments, seq_len))
+    if there:
+        there.put(path)
+        path.unlink()
     write_record(done, {"shard": asdict(shard)})
     return shard
 
@@ -490,7 +521,7 @@ def _finished(save_path: Path, plan: dict[str, Any]) -> Manifest | None:
         shutil.rmtree(work, ignore_errors=True)  # of a run killed behind its last step
         return manifests[0]
     if (work / PLAN_FILE).exists():
-        _check_plan(save_path, _read_plan(work), plan)
+        _check_plan(save_path, _read_plan(work / PLAN_FILE), plan)
         return None
     others = sorted(path.name for path in save_path.iterdir() if not path.name.startswith("."))
     if others:
@@ -501,7 +532,7 @@ def _finished(save_path: Path, plan: dict[str, Any]) -> Manifest | None:
     return None
 
 
-def _check_plan(save_path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _check_plan(save_path: Path | RemotePath, old: dict[str, Any], new: dict[str, Any]) -> None:
     ignored = ("sources", "tokenizer_sha256", "format_version", CHECKSUM)
     changes = changed_options(old, new, ignored)
     before, after = str(old.get("tokenizer_sha256")), new["tokenizer_sha256"]
@@ -522,9 +553,9 @@ def _name_sources(sources: Any) -> str:
     return " ".join(str(s.get("source")) for s in described if isinstance(s, dict)) or "unknown"
 
 
-def _read_plan(work: Path) -> dict[str, Any]:
+def _read_plan(path: Path) -> dict[str, Any]:
     try:
-        return read_record(work / PLAN_FILE, required=False)
+        return read_record(path, required=False)
     except UserError as error:
         raise UserError(f"{error}; pack again with --overwrite") from None
 
@@ -565,3 +596,86 @@ def _remove_shards(save_path: Path) -> None:
                 path.unlink()
         if folder != save_path and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+# --- a folder at a URL ---------------------------------------------------------------------------
+
+PLAN_NAME = f"{WORK_FOLDER}/{PLAN_FILE}"
+
+
+def _meet_home(
+    home: RemotePath, save_path: Path, plan: dict[str, Any], overwrite: bool
+) -> Manifest | None:
+    """The manifest, if the folder at a URL holds the shards of `plan`, complete; None if
+    unfinished: then it has the plan, and the work in `save_path` is of the same plan.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    if overwrite:
+        _remove_from_home(home)
+    files = home.files()
+    folders = SPLITS if plan["options"]["valid_fraction"] else ("",)
+    manifests = {}
+    for name in ("", *SPLITS):
+        if _in(name, MANIFEST_FILE) in files:
+            manifest = manifests[name] = read_manifest(home / name)
+            _check_plan(home, {field: getattr(manifest, field) for field in plan}, plan)
+    if all(name in manifests for name in folders):
+        for name in folders:
+            for shard in manifests[name].shards:
+                if files.get(_in(name, shard.file)) != shard.bytes:
+                    raise UserError(
+                        f"{home / name / shard.file} is missing or damaged: pack again with"
+                        " --overwrite"
+                    )
+        _leave_home(home, save_path)  # of a run killed behind its last step
+        return manifests[folders[0]]
+    others = [name for name in files if not Path(name).name.startswith(".") and name != PLAN_NAME]
+    work = save_path / WORK_FOLDER
+    if PLAN_NAME in files:
+        (home / PLAN_NAME).get(save_path / PLAN_FILE)
+        _check_plan(home, _read_plan(save_path / PLAN_FILE), plan)
+    elif others:
+        raise UserError(
+            f"{home} holds other files ({', '.join(others[:3])}): expected an empty folder or"
+            " shards of the same command; choose another --save_path"
+        )
+    if PLAN_NAME not in files or not _has_plan(work, plan):
+        for path in save_path.iterdir():  # of another plan, which the folder no longer has
+            remove(path)
+    if PLAN_NAME not in files:
+        (home / PLAN_NAME).put(_open_work(save_path, plan) / PLAN_FILE)
+    return None
+
+
+def _has_plan(work: Path, plan: dict[str, Any]) -> bool:
+    with contextlib.suppress(FileNotFoundError, UserError):  # none, or another
+        _check_plan(work, _read_plan(work / PLAN_FILE), plan)
+        return True
+    return False
+
+
+def _leave_home(home: RemotePath, save_path: Path) -> None:
+    """What was needed to continue is not needed any more."""
+    (home / PLAN_NAME).unlink(missing_ok=True)
+    shutil.rmtree(save_path, ignore_errors=True)
+
+
+def _remove_from_home(home: RemotePath) -> None:
+    """Remove what a command packed here, its plan last; files of others stay."""
+    files = home.files()
+    manifests = [_in(name, MANIFEST_FILE) for name in ("", *SPLITS)]
+    if PLAN_NAME not in files and not any(name in files for name in manifests):
+        return
+    folders = {_in(name, "") for name in ("", *SPLITS)}
+    shards = [
+        name for name in files
+        if re.fullmatch(r"(.*/)?\d+\.tfrecord", name) and name.rpartition("/")[0] in folders
+    ]  # fmt: skip
+    for name in (*shards, *manifests, PLAN_NAME):
+        (home / name).unlink(missing_ok=True)
+
+
+def _in(folder: str, name: str) -> str:
+    return "/".join(part for part in (folder, name) if part)

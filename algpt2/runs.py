@@ -15,13 +15,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from . import model_card
+from . import mirror, model_card
 from .checkpoints import checkpoint_folders, find_checkpoint, find_config_folder
 from .corpus import cache_dir, describe_sources
 from .errors import EXIT_STOPPED, UserError, describe
 from .evaluation import TextTotals, table, text_metrics
 from .options import DEFAULT_TOKENIZER, DataOptions, ModelOptions, OptimOptions, TrainOptions
 from .packing import pack
+from .remote import local_folder
 from .report import METRICS_FILE, environment, log, read_json_lines
 from .tfrecords import (
     FORMAT_VERSION,
@@ -269,7 +270,7 @@ def source_folder(model: ModelOptions) -> Path | None:
     """
     if not model.checkpoint:
         return find_config_folder(model.config or DEFAULT_CONFIG)
-    folder = Path(model.checkpoint)
+    folder = Path(mirror.fetch_checkpoint(model.checkpoint))
     if not folder.is_dir():
         return None
     folder = find_checkpoint(folder, log)
@@ -353,8 +354,14 @@ def measure_start(
 def finish(done: bool, step: int, run: dict[str, Any], options: TrainOptions) -> int | None:
     """The last words of a training and its exit code; of a run that is done also its before and
     after, and its upload."""
-    save_dir = Path(options.report.save_dir)
-    log(f"{'done' if done else 'stopped'} at step {step}: {save_dir}")
+    save_dir = local_folder(options.report.save_dir)
+    copied = mirror.copy_or_warn(options.report, step)
+    log(f"{'done' if done else 'stopped'} at step {step}: {options.report.save_dir}")
+    if done and not copied:
+        raise UserError(
+            f"the run is done and whole in {save_dir}, but not in {options.report.save_dir}: "
+            "repeat the command here, it copies what is missing"
+        )
     if not done:
         return EXIT_STOPPED
     log_before_and_after(run, save_dir)

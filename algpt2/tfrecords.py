@@ -29,6 +29,7 @@ import numpy as np
 from .checkpoints import CHECKSUM, content_sha256, json_text, write_record
 from .errors import UserError
 from .parallel import run_tasks
+from .remote import RemotePath, as_path
 from .report import Progress
 
 FORMAT_VERSION = 2
@@ -171,7 +172,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     Raises:
         UserError: no manifest, of another format version, or damaged; names the field.
     """
-    path = Path(folder) / MANIFEST_FILE
+    path = as_path(folder) / MANIFEST_FILE
     try:
         return parse_manifest(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
@@ -180,7 +181,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise UserError(f"{path} is damaged: it is not JSON") from None
 
 
-def parse_manifest(text: str, path: str | Path) -> Manifest:
+def parse_manifest(text: str, path: str | Path | RemotePath) -> Manifest:
     """The manifest in `text`, which was read from `path`; see `read_manifest`."""
     try:
         content = json.loads(text)
@@ -408,7 +409,8 @@ def open_rows(folder: str | Path) -> PackedRows:
 def verify(
     folder: str | Path, *, tokenizer_sha256: str | None = None, workers: int = 1
 ) -> tuple[Manifest, list[str]]:
-    """Read everything in `folder`; its manifest, and one line for each thing that is wrong.
+    """Read everything in `folder`, a path or URL; its manifest, and one line for each thing that is
+    wrong.
 
     Looked at: the manifest (each field, its checksum, its very bytes), missing and foreign shards,
     and of every shard the size, the sha256, and each record's framing, crc and token ids.
@@ -419,7 +421,7 @@ def verify(
     Raises:
         UserError: no manifest, or one that is damaged.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     manifest = read_manifest(folder)
     problems = []
     text = (folder / MANIFEST_FILE).read_text(encoding="utf-8")
@@ -432,7 +434,8 @@ def verify(
             f" {tokenizer_sha256[:12]}"
         )
     listed = {shard.file for shard in manifest.shards}
-    foreign = sorted(path for path in folder.glob("*.tfrecord") if path.name not in listed)
+    shards = sorted(folder.glob("*.tfrecord"), key=str)
+    foreign = [path for path in shards if path.name not in listed]
     problems += [f"{path}: not in {MANIFEST_FILE}" for path in foreign]
     check = functools.partial(_check_shard, folder, manifest)
     with Progress("verify", total=len(listed), unit="shards") as progress:
@@ -442,7 +445,7 @@ def verify(
     return manifest, problems
 
 
-def _check_shard(folder: Path, manifest: Manifest, shard: Shard) -> list[str]:
+def _check_shard(folder: Path | RemotePath, manifest: Manifest, shard: Shard) -> list[str]:
     path = folder / shard.file
     if not path.is_file():
         return [f"{path}: missing"]

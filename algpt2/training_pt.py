@@ -24,24 +24,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .batches import global_rows, process_rows
-from .checkpoints import (
-    Checkpoint,
-    find_checkpoint,
-    find_config_folder,
-    prune_checkpoints,
-    write_checkpoint,
-)
+from .checkpoints import Checkpoint, prune_checkpoints, write_checkpoint
 from .configuration_algpt2 import MAX_LAYERS, ALGPT2Config
 from .convert_pt import start_model
 from .errors import UserError, describe
 from .evaluation import text_metrics
 from .guard import Hint, StepGuard, check_finite
 from .loop import Hooks, run_loop, step_lr_factor
+from .mirror import checkpoint_here, copy_or_warn
 from .modeling_algpt2 import ALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TrainOptions
 from .parallel import keep_freed_memory
-from .report import RunReport, log
-from .runs import check_memory, check_model_fits, peak_lr, text_totals
+from .remote import local_folder
+from .report import RunReport
+from .runs import check_memory, check_model_fits, peak_lr, source_folder, text_totals
 from .sampling_pt import sample_texts
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer
@@ -156,9 +152,7 @@ def build_model(options: ModelOptions, tokenizer: TextTokenizer, seq_len: int | 
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source = options.checkpoint or find_config_folder(options.config or "algpt2-tiny")
-    if Path(source).exists():
-        source = find_checkpoint(Path(source), log)
+    source = source_folder(options) or options.checkpoint
     try:
         config = AutoConfig.from_pretrained(source)
         check_model_fits(config.to_dict(), tokenizer, seq_len, exact=not options.checkpoint)
@@ -445,6 +439,7 @@ def build_trainer(
     """Model and optimizer of a new run, or in the state of `checkpoint`."""
     source = options.model
     if checkpoint:
+        checkpoint = checkpoint_here(checkpoint, options.report.save_dir)
         source = replace(
             source, checkpoint=str(checkpoint.folder), from_scratch=False, init_from=None
         )
@@ -577,20 +572,20 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer, state: dict[str, Any]
 
     if trainer.processes.rank == 0:
         report = trainer.options.report
+        save_dir = local_folder(report.save_dir)
         state = {
             **state, "elapsed_s": trainer.elapsed_s, "scaler": trainer.scaler.state_dict(),
             "tokens": trainer.step * trainer.tokens_per_step, "outliers": trainer.guard.state(),
         }  # fmt: skip
         try:
-            write_checkpoint(Path(report.save_dir), trainer.step, fill, state)
+            write_checkpoint(save_dir, trainer.step, fill, state)
         except (SafetensorError, OSError) as error:
             raise OSError(
                 f"cannot write the checkpoint of step {trainer.step} in {report.save_dir} "
                 f"({describe(error)}); earlier ones are whole, the same command continues from them"
             ) from error
-        prune_checkpoints(
-            Path(report.save_dir), report.keep_last, report.milestone_steps, trainer.step
-        )
+        prune_checkpoints(save_dir, report.keep_last, report.milestone_steps, trainer.step)
+        copy_or_warn(report, trainer.step)
     if trainer.processes.count > 1:
         dist.barrier()
 

@@ -24,22 +24,21 @@ from . import optimizers_tf, report
 from .batches import global_rows, process_rows
 from .checkpoints import (
     Checkpoint,
-    find_checkpoint,
-    find_config_folder,
     newest_checkpoint,
     prune_checkpoints,
-    read_checkpoint,
     write_checkpoint,
 )
 from .errors import UserError, describe
 from .evaluation import text_metrics
 from .guard import MIN_STEPS, Hint, StepGuard, check_finite
 from .loop import Hooks, run_loop, step_lr_factor
+from .mirror import checkpoint_here, copy_or_warn
 from .modeling_tf_algpt2 import TFALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TFTrainOptions
 from .parallel import keep_freed_memory
+from .remote import local_folder
 from .report import RunReport, log, process_index
-from .runs import check_memory, check_model_fits, peak_lr, text_totals
+from .runs import check_memory, check_model_fits, peak_lr, source_folder, text_totals
 from .sampling_tf import sample_texts
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer
@@ -200,9 +199,7 @@ def build_model(
     """
     from .configuration_algpt2 import ALGPT2Config
 
-    source = options.checkpoint or find_config_folder(options.config or "algpt2-tiny")
-    if Path(source).exists():
-        source = find_checkpoint(Path(source), log)
+    source = source_folder(options) or options.checkpoint
     try:
         config = ALGPT2Config.from_pretrained(source)
         check_memory(config.stored_parameters())
@@ -545,13 +542,16 @@ def open_run(
         UserError: save_dir holds something else, or is not the same folder for every process.
     """
 
-    def on_main() -> tuple[dict[str, Any], str | None]:
+    def on_main() -> tuple[dict[str, Any], list[Any] | None]:
         opened = report.open_run(save_dir, run, overwrite)
         checkpoint = newest_checkpoint(save_dir, log)
-        return opened, str(checkpoint.folder) if checkpoint else None
+        return opened, [str(checkpoint.folder), checkpoint.state] if checkpoint else None
 
-    opened, folder = processes.on_main(on_main)
-    return opened, read_checkpoint(Path(folder)) if folder else None
+    opened, found = processes.on_main(on_main)
+    if found is None:
+        return opened, None
+    checkpoint = Checkpoint(Path(found[0]), found[1])
+    return opened, checkpoint_here(checkpoint, run["options"]["report"]["save_dir"])
 
 
 def build_trainer(
@@ -702,18 +702,20 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer | None, state: dict[st
 
     if trainer.processes.rank == 0:
         kept = trainer.options.report
+        save_dir = local_folder(kept.save_dir)
         state = {
             **state, "elapsed_s": trainer.elapsed_s, "scaler": {},
             "tokens": trainer.step * trainer.tokens_per_step, "outliers": trainer.guard.state(),
         }  # fmt: skip
         try:
-            write_checkpoint(Path(kept.save_dir), trainer.step, fill, state)
+            write_checkpoint(save_dir, trainer.step, fill, state)
         except (SafetensorError, OSError) as error:
             raise OSError(
                 f"cannot write the checkpoint of step {trainer.step} in {kept.save_dir} "
                 f"({describe(error)}); earlier ones are whole, the same command continues from them"
             ) from error
-        prune_checkpoints(Path(kept.save_dir), kept.keep_last, kept.milestone_steps, trainer.step)
+        prune_checkpoints(save_dir, kept.keep_last, kept.milestone_steps, trainer.step)
+        copy_or_warn(kept, trainer.step)
     trainer.processes.barrier()
 
 
