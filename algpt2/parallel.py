@@ -1,19 +1,32 @@
 """Tasks in this process, in worker processes or on a Ray cluster: the same results, in order."""
 
+import collections
 import contextlib
 import ctypes
 import multiprocessing
 import os
+import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
-from .errors import UserError
+from .errors import UserError, describe
 
 Task, Result = TypeVar("Task"), TypeVar("Result")
+
+# On a Ray cluster:
+RETRIES = 3  # of a task whose node or process died; Ray needs up to half a minute to see it
+AHEAD = 8  # tasks in flight per core: the others go on while one is repeated, memory stays flat
+CONNECT_S, CANCEL_S = 10, 60
+
+
+class TasksStopped(UserError):
+    """The workers failed, not the work: what is done is good, the same command goes on."""
 
 
 def available_cores() -> int:
@@ -52,7 +65,7 @@ def run_tasks(
         ray: address of a Ray cluster (`auto`, `host:port`) that runs the tasks instead.
 
     Raises:
-        UserError: a worker was killed, or Ray is not installed or does not answer.
+        TasksStopped: a worker was killed, or Ray is not installed or does not answer.
     """
     if ray is not None:
         yield from _on_ray(function, tasks, ray)
@@ -71,7 +84,7 @@ def _in_processes(
     try:
         yield from pool.map(function, tasks)
     except BrokenProcessPool:
-        raise UserError(
+        raise TasksStopped(
             "a worker process was killed (out of memory?): what is done is kept; repeat the"
             f" command, with fewer --workers than {workers} if it was memory"
         ) from None
@@ -92,16 +105,78 @@ def _start_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
+# --- a Ray cluster -------------------------------------------------------------------------------
+
+
 def _on_ray(
     function: Callable[[Task], Result], tasks: Sequence[Task], address: str
 ) -> Iterator[Result]:
+    """Tasks in order, a bounded number in flight; Ray repeats those of a node that dies.
+
+    Not `ray.util.multiprocessing.Pool`: its actors, and with them the run, die with their node.
+    """
+    with _connected(address) as ray:
+        run = ray.remote(max_retries=RETRIES)(_as_worker)
+        cores = int(ray.cluster_resources().get("CPU", 0))
+        if not cores:
+            raise TasksStopped(f"the Ray cluster at --ray {address} has no CPU")
+        pending: collections.deque[Any] = collections.deque()
+        try:
+            for task in tasks:
+                if len(pending) >= AHEAD * cores:
+                    yield _result(ray, pending.popleft())
+                pending.append(run.remote(str(Path.cwd()), function, task))
+            while pending:
+                yield _result(ray, pending.popleft())
+        finally:  # as with local workers: nothing writes into the folder behind the caller's back
+            for reference in pending:
+                ray.cancel(reference)
+            ray.wait([*pending], num_returns=len(pending), timeout=CANCEL_S) if pending else None
+
+
+@contextlib.contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    """The module `ray`, connected, with nothing of its own on the console; then disconnected."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # read on import
     try:
-        from ray.util.multiprocessing import Pool
+        import ray
     except ImportError:
-        raise UserError("--ray needs Ray: pip install ray") from None
+        raise TasksStopped("--ray needs Ray: pip install -r requirements-ray.txt") from None
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        pool = Pool(ray_address=address)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-        raise UserError(f"no Ray cluster at --ray {address}: {error}") from None
-    with pool:
-        yield from pool.imap(function, tasks, chunksize=1)
+        _check_answers(address)
+        ray.init(address, log_to_driver=False, logging_level="ERROR")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise TasksStopped(f"no Ray cluster at --ray {address}: {describe(error)}") from None
+    try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # ray.init puts its own
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """`OSError` at once where Ray tries for two minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+
+
+def _as_worker(folder: str, function: Callable[[Task], Result], task: Task) -> Result:
+    """A task on a node of the cluster, as in a local worker that was started from `folder`."""
+    keep_freed_memory()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.chdir(folder)
+    return function(task)
+
+
+def _result(ray: Any, reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        raise TasksStopped(
+            f"a task failed {RETRIES + 1} times on the Ray cluster: {describe(error)}"
+        ) from None
