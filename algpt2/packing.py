@@ -42,7 +42,7 @@ from .corpus import (
 from .encoders import ENCODERS, choose_encoder
 from .errors import UserError, describe
 from .options import PackOptions
-from .parallel import available_cores, keep_freed_memory, run_tasks
+from .parallel import TasksStopped, available_cores, keep_freed_memory, run_tasks
 from .report import Progress, log
 from .tfrecords import (
     FORMAT_VERSION,
@@ -198,7 +198,7 @@ def _pack(
             manifest = Manifest(**manifests[name], duplicates=duplicates, encoder=encoder)
             write_manifest(save_path / name, manifest)
             log(f"{save_path / name}: {summary(manifest)}")
-    except BrokenInput:  # the same command with --skip_broken goes on
+    except (BrokenInput, TasksStopped):  # the same command goes on, or one with --skip_broken
         raise
     except UserError:  # another command is needed: nothing may stand in its way
         _remove_shards(save_path)
@@ -207,7 +207,8 @@ def _pack(
     shutil.rmtree(work)
     seconds = max(1e-9, time.monotonic() - start_s)
     log(f"read {report.summary()}")
-    log(f"{seconds:.1f} s, {report.text_bytes / 1e6 / seconds:.2f} MB/s, {running.workers} workers")
+    workers = f"{running.workers} workers" if running.ray is None else f"Ray at {running.ray}"
+    log(f"{seconds:.1f} s, {report.text_bytes / 1e6 / seconds:.2f} MB/s, {workers}")
     return manifest
 
 

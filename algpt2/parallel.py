@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -22,7 +22,7 @@ Task, Result = TypeVar("Task"), TypeVar("Result")
 # On a Ray cluster:
 RETRIES = 3  # of a task whose node or process died; Ray needs up to half a minute to see it
 AHEAD = 8  # tasks in flight per core: the others go on while one is repeated, memory stays flat
-CONNECT_S, CANCEL_S = 10, 60
+CONNECT_S, WAIT_S, CANCEL_S = 10, 10, 60
 
 
 class TasksStopped(UserError):
@@ -128,16 +128,14 @@ def _on_ray(
                 pending.append(run.remote(str(Path.cwd()), function, task))
             while pending:
                 yield _result(ray, pending.popleft())
-        finally:  # as with local workers: nothing writes into the folder behind the caller's back
-            for reference in pending:
-                ray.cancel(reference)
-            ray.wait([*pending], num_returns=len(pending), timeout=CANCEL_S) if pending else None
+        finally:
+            _cancel(ray, pending)
 
 
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[Any]:
     """The module `ray`, connected, with nothing of its own on the console; then disconnected."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # read on import
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # of 40 s each: it gives up after 20
     try:
         import ray
     except ImportError:
@@ -145,7 +143,8 @@ def _connected(address: str) -> Iterator[Any]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         _check_answers(address)
-        ray.init(address, log_to_driver=False, logging_level="ERROR")
+        with _quiet():
+            ray.init(address, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError) as error:
         raise TasksStopped(f"no Ray cluster at --ray {address}: {describe(error)}") from None
     try:
@@ -157,10 +156,31 @@ def _connected(address: str) -> Iterator[Any]:
 
 
 def _check_answers(address: str) -> None:
-    """`OSError` at once where Ray tries for two minutes."""
+    """`OSError` at once where Ray tries for minutes."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+
+
+def _answers(address: str) -> bool:
+    try:
+        _check_answers(address)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on stderr, of C++ code neither."""
+    stderr = os.dup(2)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _as_worker(folder: str, function: Callable[[Task], Result], task: Task) -> Result:
@@ -172,11 +192,33 @@ def _as_worker(folder: str, function: Callable[[Task], Result], task: Task) -> R
 
 
 def _result(ray: Any, reference: Any) -> Any:
+    """What a task returned, or the error that it ended with.
+
+    Raises:
+        TasksStopped: the cluster failed, or its head is gone.
+    """
+    misses = 0
+    while not ray.wait([reference], timeout=WAIT_S)[0]:
+        misses = 0 if _answers(ray.get_runtime_context().gcs_address) else misses + 1
+        if misses == 3:  # after 60 s Ray would end this process
+            raise TasksStopped(
+                "the head of the Ray cluster is gone: what is done is kept; repeat the command"
+                " when it is back, or without --ray"
+            )
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
         raise TasksStopped(
-            f"a task failed {RETRIES + 1} times on the Ray cluster: {describe(error)}"
+            f"a task failed on the Ray cluster, {RETRIES} repetitions too: {describe(error)[:200]};"
+            " what is done is kept; repeat the command"
         ) from None
+
+
+def _cancel(ray: Any, references: Collection[Any]) -> None:
+    """End the tasks, and wait: none may write into a folder that its caller has left."""
+    if references and _answers(ray.get_runtime_context().gcs_address):
+        for reference in references:
+            ray.cancel(reference)
+        ray.wait([*references], num_returns=len(references), timeout=CANCEL_S)
