@@ -205,6 +205,7 @@ def _pack(
         shutil.rmtree(work)
         raise
     shutil.rmtree(work)
+    _remove_partial(save_path)  # of a worker that died, and whose task another one did
     seconds = max(1e-9, time.monotonic() - start_s)
     log(f"read {report.summary()}")
     workers = f"{running.workers} workers" if running.ray is None else f"Ray at {running.ray}"
@@ -523,9 +524,13 @@ def _open_work(save_path: Path, plan: dict[str, Any]) -> Path:
         write_record(work / PLAN_FILE, plan)
     except OSError as error:
         raise UserError(f"cannot write to --save_path {save_path} ({describe(error)})") from None
-    for path in save_path.rglob(".*.partial"):  # of a killed run
-        remove(path)
+    _remove_partial(save_path)  # of a killed run
     return work
+
+
+def _remove_partial(save_path: Path) -> None:
+    for path in save_path.rglob(".*.partial"):
+        remove(path)
 
 
 def _remove_packing(save_path: Path, plan: dict[str, Any]) -> None:

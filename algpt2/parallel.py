@@ -145,6 +145,8 @@ def _connected(address: str) -> Iterator[Any]:
         _check_answers(address)
         with _quiet():
             ray.init(address, log_to_driver=False, logging_level="ERROR")
+        # Else it prints forty lines of log for each node that dies, whatever log_to_driver says.
+        sys.modules["ray._private.worker"].print_to_stdstream = lambda *_, **__: None
     except (OSError, RuntimeError, ValueError) as error:
         raise TasksStopped(f"no Ray cluster at --ray {address}: {describe(error)}") from None
     try:
@@ -157,6 +159,8 @@ def _connected(address: str) -> Iterator[Any]:
 
 def _check_answers(address: str) -> None:
     """`OSError` at once where Ray tries for minutes."""
+    if address.startswith("ray://"):
+        raise ValueError("run the command on a node of the cluster, with auto or host:port")
     host, _, port = address.rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
@@ -210,9 +214,9 @@ def _result(ray: Any, reference: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
+        reason = describe(error)[:200]
         raise TasksStopped(
-            f"a task failed on the Ray cluster, {RETRIES} repetitions too: {describe(error)[:200]};"
-            " what is done is kept; repeat the command"
+            f"the Ray cluster failed ({reason}): what is done is kept; repeat the command"
         ) from None
 
 

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import os
+import socket
 import re
 import reprlib
 import struct
@@ -270,7 +271,8 @@ def write_file(path: Path, blocks: Iterable[bytes | np.ndarray]) -> tuple[int, s
     Raises:
         OSError: no space, no permission; nothing half-written stays behind.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # A name of its own: on a Ray cluster two machines may write the same file.
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     digest = hashlib.sha256()
     try:
         with partial.open("wb") as file:
