@@ -20,6 +20,7 @@ from .errors import UserError, describe
 Task, Result = TypeVar("Task"), TypeVar("Result")
 
 # On a Ray cluster:
+ROOT = Path(__file__).resolve().parent.parent  # the workers import this project from here
 RETRIES = 3  # of a task whose node or process died; Ray needs up to half a minute to see it
 AHEAD = 8  # tasks in flight per core: the others go on while one is repeated, memory stays flat
 CONNECT_S, WAIT_S, CANCEL_S = 10, 10, 60
@@ -143,8 +144,13 @@ def _connected(address: str) -> Iterator[Any]:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         _check_answers(address)
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {"PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
         with _quiet():
-            ray.init(address, log_to_driver=False, logging_level="ERROR")
+            ray.init(
+                address, log_to_driver=False, logging_level="ERROR",
+                runtime_env={"env_vars": environment},
+            )  # fmt: skip
         # Else it prints forty lines of log for each node that dies, whatever log_to_driver says.
         sys.modules["ray._private.worker"].print_to_stdstream = lambda *_, **__: None
     except (OSError, RuntimeError, ValueError) as error:
@@ -190,7 +196,6 @@ def _quiet() -> Iterator[None]:
 def _as_worker(folder: str, function: Callable[[Task], Result], task: Task) -> Result:
     """A task on a node of the cluster, as in a local worker that was started from `folder`."""
     keep_freed_memory()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.chdir(folder)
     return function(task)
 
@@ -212,6 +217,12 @@ def _result(ray: Any, reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, FileNotFoundError) or "failed to import" in str(error.cause):
+            raise TasksStopped(
+                f"a node of the Ray cluster lacks something ({describe(error.cause)[:200]}):"
+                f" expected the packages of requirements.txt on all, and {ROOT}, the text, the"
+                " tokenizer and --save_path at the same paths"
+            ) from None
         raise error.cause from error
     except ray.exceptions.RayError as error:
         reason = describe(error)[:200]

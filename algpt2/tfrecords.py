@@ -15,9 +15,9 @@ import functools
 import hashlib
 import json
 import os
-import socket
 import re
 import reprlib
+import socket
 import struct
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
