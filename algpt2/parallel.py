@@ -152,7 +152,8 @@ def _connected(address: str) -> Iterator[Any]:
                 runtime_env={"env_vars": environment},
             )  # fmt: skip
         # Else it prints forty lines of log for each node that dies, whatever log_to_driver says.
-        sys.modules["ray._private.worker"].print_to_stdstream = lambda *_, **__: None
+        with contextlib.suppress(KeyError):
+            sys.modules["ray._private.worker"].print_to_stdstream = lambda *_, **__: None
     except (OSError, RuntimeError, ValueError) as error:
         raise TasksStopped(f"no Ray cluster at --ray {address}: {describe(error)}") from None
     try:

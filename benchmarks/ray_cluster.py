@@ -183,7 +183,7 @@ def make_corpus(space: Path, seed: int) -> None:
     (space / "many").mkdir()
     for i in range(FILES):
         os.link(texts[i % len(texts)], space / "many" / f"{i:05}.txt")
-    with tarfile.open(space / "text.tar.xz", "w:xz", preset=0) as archive:
+    with tarfile.open(space / "text.tar.xz", "w:xz", preset=0, dereference=True) as archive:
         for copy in range(2):
             archive.add(space / "text", f"copy-{copy}")
 
