@@ -20,7 +20,7 @@ double = functools.partial(operator.mul, 2)
 class FakeRay(types.ModuleType):
     """A cluster of `CORES` cores that runs a task when its result is asked for."""
 
-    class exceptions:  # noqa: N801
+    class exceptions:
         class RayError(Exception):
             pass
 
