@@ -110,7 +110,7 @@ def fail(error, task):
 
 
 def test_the_error_of_a_task_is_that_of_a_local_one(ray):
-    with pytest.raises(UserError, match="^line 7 is broken$"):
+    with pytest.raises(UserError, match=r"^line 7 is broken$"):
         list(on_ray(functools.partial(fail, UserError("line 7 is broken")), range(1000)))
     assert ray.cancelled
 
@@ -136,7 +136,7 @@ def test_tasks_run_in_the_folder_of_the_command(ray, tmp_path, monkeypatch):
 
 def test_ray_that_is_not_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(TasksStopped, match="pip install -r requirements-ray.txt"):
+    with pytest.raises(TasksStopped, match=r"pip install -r requirements-ray\.txt"):
         list(on_ray(double, [1, 2]))
     assert (Path(__file__).parent.parent / "requirements-ray.txt").exists()
 
