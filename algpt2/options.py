@@ -142,7 +142,7 @@ class PackOptions:
     shuffle_documents: bool = False  # order the documents by --seed; trainers shuffle rows anyhow
     seed: int = 42  # of --shuffle_documents
     workers: int | None = None  # processes; default: as many as cores; the bytes are the same
-    ray: str | None = None  # address of a Ray cluster that does the work (needs: pip install ray)
+    ray: str | None = None  # cluster that does the work: auto or host:port (requirements-ray.txt)
     verify: str | None = None  # check the shards in this folder or URL, every record, and stop
     overwrite: bool = False  # remove the shards in save_path and pack anew
     debug: bool = False  # a traceback with every error

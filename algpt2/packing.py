@@ -50,7 +50,7 @@ from .detokenizers import detokenize
 from .encoders import ENCODERS, choose_encoder
 from .errors import UserError, describe
 from .options import PackOptions
-from .parallel import available_cores, keep_freed_memory, run_tasks
+from .parallel import TasksStopped, available_cores, keep_freed_memory, run_tasks
 from .remote import RemotePath, as_path, local_folder
 from .report import Progress, log
 from .tfrecords import (
@@ -145,6 +145,11 @@ def pack(
     """
     sources, home = [sources] if isinstance(sources, str) else list(sources), as_path(save_path)
     save_path, home = local_folder(save_path), home if isinstance(home, RemotePath) else None
+    if ray and home and "ALGPT2_CACHE" not in os.environ:
+        raise UserError(
+            f"--ray cannot pack straight into {home}: set ALGPT2_CACHE, on every node, to a folder"
+            " that all of them see; the shards are made there"
+        )
     options = {
         "files_per_tfrecord": files_per_tfrecord,
         "n_shards": n_shards,
@@ -221,7 +226,7 @@ def _pack(
             if home is not None:
                 (home / name / MANIFEST_FILE).put(save_path / name / MANIFEST_FILE)
             log(f"{(home or save_path) / name}: {summary(manifest)}")
-    except BrokenInput:  # the same command with --skip_broken goes on
+    except (BrokenInput, TasksStopped):  # the same command goes on, or one with --skip_broken
         raise
     except UserError as error:  # another command is needed: nothing may stand in its way
         _remove_shards(save_path)
@@ -234,11 +239,13 @@ def _pack(
             _remove_from_home(home)
         raise
     shutil.rmtree(work)
+    _remove_partial(save_path)  # of a worker that died, and whose task another one did
     if home is not None:
         _leave_home(home, save_path)
     seconds = max(1e-9, time.monotonic() - start_s)
     log(f"read {report.summary()}")
-    log(f"{seconds:.1f} s, {report.text_bytes / 1e6 / seconds:.2f} MB/s, {running.workers} workers")
+    workers = f"{running.workers} workers" if running.ray is None else f"Ray at {running.ray}"
+    log(f"{seconds:.1f} s, {report.text_bytes / 1e6 / seconds:.2f} MB/s, {workers}")
     return manifest
 
 
@@ -569,9 +576,13 @@ def _open_work(save_path: Path, plan: dict[str, Any]) -> Path:
         write_record(work / PLAN_FILE, plan)
     except OSError as error:
         raise UserError(f"cannot write to --save_path {save_path} ({describe(error)})") from None
-    for path in save_path.rglob(".*.partial"):  # of a killed run
-        remove(path)
+    _remove_partial(save_path)  # of a killed run
     return work
+
+
+def _remove_partial(save_path: Path) -> None:
+    for path in save_path.rglob(".*.partial"):
+        remove(path)
 
 
 def _remove_packing(save_path: Path, plan: dict[str, Any]) -> None:

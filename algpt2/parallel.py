@@ -1,19 +1,33 @@
 """Tasks in this process, in worker processes or on a Ray cluster: the same results, in order."""
 
+import collections
 import contextlib
 import ctypes
 import multiprocessing
 import os
+import signal
+import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
-from .errors import UserError
+from .errors import UserError, describe
 
 Task, Result = TypeVar("Task"), TypeVar("Result")
+
+# On a Ray cluster:
+ROOT = Path(__file__).resolve().parent.parent  # the workers import this project from here
+RETRIES = 3  # of a task whose node or process died; Ray needs up to half a minute to see it
+AHEAD = 8  # tasks in flight per core: the others go on while one is repeated, memory stays flat
+CONNECT_S, WAIT_S, CANCEL_S = 10, 10, 60
+
+
+class TasksStopped(UserError):
+    """The workers failed, not the work: what is done is good, the same command goes on."""
 
 
 def available_cores() -> int:
@@ -52,7 +66,7 @@ def run_tasks(
         ray: address of a Ray cluster (`auto`, `host:port`) that runs the tasks instead.
 
     Raises:
-        UserError: a worker was killed, or Ray is not installed or does not answer.
+        TasksStopped: a worker was killed, or Ray is not installed or does not answer.
     """
     if ray is not None:
         yield from _on_ray(function, tasks, ray)
@@ -71,7 +85,7 @@ def _in_processes(
     try:
         yield from pool.map(function, tasks)
     except BrokenProcessPool:
-        raise UserError(
+        raise TasksStopped(
             "a worker process was killed (out of memory?): what is done is kept; repeat the"
             f" command, with fewer --workers than {workers} if it was memory"
         ) from None
@@ -92,16 +106,135 @@ def _start_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
+# --- a Ray cluster -------------------------------------------------------------------------------
+
+
 def _on_ray(
     function: Callable[[Task], Result], tasks: Sequence[Task], address: str
 ) -> Iterator[Result]:
+    """Tasks in order, a bounded number in flight; Ray repeats those of a node that dies.
+
+    Not `ray.util.multiprocessing.Pool`: its actors, and with them the run, die with their node.
+    """
+    with _connected(address) as ray:
+        run = ray.remote(max_retries=RETRIES)(_as_worker)
+        cores = int(ray.cluster_resources().get("CPU", 0))
+        if not cores:
+            raise TasksStopped(f"the Ray cluster at --ray {address} has no CPU")
+        pending: collections.deque[Any] = collections.deque()
+        try:
+            for task in tasks:
+                if len(pending) >= AHEAD * cores:
+                    yield _result(ray, pending.popleft())
+                pending.append(run.remote(str(Path.cwd()), function, task))
+            while pending:
+                yield _result(ray, pending.popleft())
+        finally:
+            _cancel(ray, pending)
+
+
+@contextlib.contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    """The module `ray`, connected, with nothing of its own on the console; then disconnected."""
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # of 40 s each: it gives up after 20
     try:
-        from ray.util.multiprocessing import Pool
+        import ray
     except ImportError:
-        raise UserError("--ray needs Ray: pip install ray") from None
+        raise TasksStopped("--ray needs Ray: pip install -r requirements-ray.txt") from None
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        pool = Pool(ray_address=address)
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-        raise UserError(f"no Ray cluster at --ray {address}: {error}") from None
-    with pool:
-        yield from pool.imap(function, tasks, chunksize=1)
+        _check_answers(address)
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {"PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
+        with _quiet():
+            ray.init(
+                address, log_to_driver=False, logging_level="ERROR",
+                runtime_env={"env_vars": environment},
+            )  # fmt: skip
+        # Else it prints forty lines of log for each node that dies, whatever log_to_driver says.
+        with contextlib.suppress(KeyError):
+            sys.modules["ray._private.worker"].print_to_stdstream = lambda *_, **__: None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise TasksStopped(f"no Ray cluster at --ray {address}: {describe(error)}") from None
+    try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # ray.init puts its own
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """`OSError` at once where Ray tries for minutes."""
+    if address.startswith("ray://"):
+        raise ValueError("run the command on a node of the cluster, with auto or host:port")
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+
+
+def _answers(address: str) -> bool:
+    try:
+        _check_answers(address)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on stderr, of C++ code neither."""
+    stderr = os.dup(2)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+def _as_worker(folder: str, function: Callable[[Task], Result], task: Task) -> Result:
+    """A task on a node of the cluster, as in a local worker that was started from `folder`."""
+    keep_freed_memory()
+    os.chdir(folder)
+    return function(task)
+
+
+def _result(ray: Any, reference: Any) -> Any:
+    """What a task returned, or the error that it ended with.
+
+    Raises:
+        TasksStopped: the cluster failed, or its head is gone.
+    """
+    misses = 0
+    while not ray.wait([reference], timeout=WAIT_S)[0]:
+        misses = 0 if _answers(ray.get_runtime_context().gcs_address) else misses + 1
+        if misses == 3:  # after 60 s Ray would end this process
+            raise TasksStopped(
+                "the head of the Ray cluster is gone: what is done is kept; repeat the command"
+                " when it is back, or without --ray"
+            )
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, FileNotFoundError) or "failed to import" in str(error.cause):
+            raise TasksStopped(
+                f"a node of the Ray cluster lacks something ({describe(error.cause)[:200]}):"
+                f" expected the packages of requirements.txt on all, and {ROOT}, the text, the"
+                " tokenizer and --save_path at the same paths"
+            ) from None
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        reason = describe(error)[:200]
+        raise TasksStopped(
+            f"the Ray cluster failed ({reason}): what is done is kept; repeat the command"
+        ) from None
+
+
+def _cancel(ray: Any, references: Collection[Any]) -> None:
+    """End the tasks, and wait: none may write into a folder that its caller has left."""
+    if references and _answers(ray.get_runtime_context().gcs_address):
+        for reference in references:
+            ray.cancel(reference)
+        ray.wait([*references], num_returns=len(references), timeout=CANCEL_S)

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import reprlib
+import socket
 import struct
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -283,7 +284,8 @@ def write_file(
     Raises:
         OSError: no space, no permission; nothing half-written stays behind.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # A name of its own: on a Ray cluster two machines may write the same file.
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     digest = hashlib.sha256()
     try:
         with partial.open("wb") as file:

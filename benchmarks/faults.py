@@ -18,12 +18,14 @@ from pathlib import Path
 import fault_corruption
 import fault_fuzz
 import fault_kills
+import ray_cluster
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 FAMILIES: dict[str, Callable[[bool, int], Iterable[dict]]] = {
     **{name: partial(fault_kills.run, only=name) for name in fault_kills.FAMILIES},
     "corruption": fault_corruption.run,
     "fuzz": fault_fuzz.run,
+    "ray": ray_cluster.run,
 }
 
 
@@ -56,8 +58,8 @@ def main() -> int:
             found[name].append(row)
             print(json.dumps(row), flush=True)
         if not options.short:  # family by family: they take half an hour
-            kept = {family: {**kept, **found}.get(family) for family in FAMILIES}
-            kept = {family: rows for family, rows in kept.items() if rows}
+            kept |= {family: rows for family, rows in found.items() if rows}
+            kept = {family: kept[family] for family in FAMILIES if family in kept}
             RESULTS.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     print(markdown(found))
     return int(any(row["lost"] for rows in found.values() for row in rows))

@@ -20,7 +20,7 @@ from algpt2 import corpus, packing, token_store
 from algpt2.corpus import BrokenInput, ChangedInput, hash_fraction
 from algpt2.detokenizers import wikitext
 from algpt2.errors import UserError
-from algpt2.packing import pack
+from algpt2.packing import WORK_FOLDER, pack
 from algpt2.tfrecords import MANIFEST_FILE, open_rows, read_manifest
 from algpt2.token_store import Segments, StreamRows, TokenStore, encode_documents
 from algpt2.tokenization_algpt2 import load_tokenizer
@@ -652,6 +652,7 @@ def test_more_shards_than_rows_is_an_error(tmp_path, text):
 def test_a_killed_worker_is_a_clear_error_and_nothing_is_lost(tmp_path, many, small_tasks):
     with pytest.raises(UserError, match="a worker process was killed"):
         pack(many, DyingTokenizer(), tmp_path / "out", seq_len=5, workers=2)
+    assert list((tmp_path / "out" / WORK_FOLDER).glob("0*.json"))  # what is done is kept
     manifest = pack(many, TOKENIZER, tmp_path / "out", seq_len=5, workers=2)
     assert manifest.documents == 60
 
@@ -705,7 +706,10 @@ class CountingTokenizer(CharacterTokenizer):
 
 
 class DyingTokenizer(CharacterTokenizer):
+    n_texts = 0
+
     def encode_batch(self, texts):
-        if multiprocessing.parent_process() is not None:
+        DyingTokenizer.n_texts += len(texts)
+        if multiprocessing.parent_process() is not None and self.n_texts > 20:  # of 60, tasks of 7
             os.kill(os.getpid(), signal.SIGKILL)
         return super().encode_batch(texts)
