@@ -1,13 +1,16 @@
 """Errors that a user can cause: one line, what was expected, what came, what to do; exit code 2."""
 
+import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 EXIT_USER_ERROR = 2  # the command has to be changed
 EXIT_NON_FINITE = 3  # loss or gradient is NaN or infinite: a person has to look
-EXIT_STOPPED = 75  # saved after a signal or at --max_minutes: run the same command again
+EXIT_STOPPED = 75  # by a signal or --max_minutes, nothing lost: run the same command again
 
 _left: list[bool] = []
 
@@ -25,8 +28,11 @@ def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
 
     What a user or the machine caused becomes one line and an exit code: `UserError`, `OSError`
     (disk full, no permission) 2, `NonFiniteError` 3. `--debug` on the command line shows the
-    traceback as well.
+    traceback as well. SIGTERM and SIGINT end it at once, `EXIT_STOPPED`, wherever nothing else
+    listens: whatever a command writes is left such that the same command goes on.
     """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
     for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -41,6 +47,13 @@ def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
     if code or _left:
         # Not sys.exit: threads of W&B or a prefetcher must not hold a failed command open.
         os._exit(code)
+
+
+def _leave(number: int, frame: Any) -> None:
+    name = signal.Signals(number).name
+    with contextlib.suppress(OSError):  # not print: it may be what the signal interrupted
+        os.write(2, f"\nstopped by {name}: the same command continues\n".encode())
+    os._exit(EXIT_STOPPED)
 
 
 def leave_threads() -> None:

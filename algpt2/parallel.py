@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +81,9 @@ def _in_processes(
 
 
 def _start_worker() -> None:
-    """A worker does not outlive the process that started it, and is one thread."""
+    """A worker does not outlive the process that started it, and is one thread. Ctrl-C reaches
+    both: it is that process's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_freed_memory()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -145,9 +145,14 @@ class RunReport:
 
     Made when the run starts or continues: lines of steps after `step` (written between the last
     checkpoint and a crash) are dropped, so that each step stands there once.
+
+    Args:
+        is_cut: a stop cut what follows `step`: that is done again, its lines are dropped too.
     """
 
-    def __init__(self, save_dir: Path, run: dict[str, Any], step: int, report: Any) -> None:
+    def __init__(
+        self, save_dir: Path, run: dict[str, Any], step: int, report: Any, *, is_cut: bool = False
+    ) -> None:
         self.metrics_path, self.samples_path = save_dir / METRICS_FILE, save_dir / SAMPLES_FILE
         self.progress = Progress("train", total=run["steps"], unit="step", initial=step)
         self.tracker: Tracker | None = None
@@ -155,7 +160,7 @@ class RunReport:
         if not is_main_process():
             return
         for path in (self.metrics_path, self.samples_path):
-            _keep_lines_until(path, step)
+            _keep_lines_until(path, step, is_cut)
         write_record(save_dir / RUN_FILE, run)
         self.tracker = _start_tracker(save_dir, run, report)
 
@@ -182,12 +187,12 @@ class RunReport:
         rows = [[step, prompt, text] for text in texts]
         self._send(lambda: {"samples": _wandb_table(["step", "prompt", "text"], rows)}, step)
 
-    def histograms(self, step: int, arrays: dict[str, Any]) -> None:
+    def histograms(self, step: int, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
         """Histograms of named arrays; W&B draws them, no other place does."""
         if self.tracker is None:
             return
         # Counted here and now: the arrays may be the weights themselves. Histograms have no NaN.
-        counts = {k: np.histogram(v[np.isfinite(v)], bins=64) for k, v in arrays.items()}
+        counts = {k: np.histogram(v[np.isfinite(v)], bins=64) for k, v in arrays}
         self._send(lambda: {k: _wandb_histogram(count) for k, count in counts.items()}, step)
 
     def artifact(self, folder: Path) -> None:
@@ -389,11 +394,11 @@ def _without_links(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
-def _keep_lines_until(path: Path, step: int) -> None:
-    """Drop the lines of later steps; warn if the others are not what the checkpoint of `step`
-    knows of them."""
+def _keep_lines_until(path: Path, step: int, is_cut: bool) -> None:
+    """Drop the lines of later steps, or of `step` on; warn if the others are not what the
+    checkpoint of `step` knows of them."""
     lines = read_json_lines(path)
-    kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
+    kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step - is_cut]
     if path.exists():
         write_text(path, "".join(kept))
     state_path = path.parent / f"checkpoint-{step:08d}" / STATE_FILE
