@@ -268,11 +268,11 @@ def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, 
     Raises:
         UserError: save_dir holds something else, or a run with other options.
     """
-    if overwrite and (save_dir / RUN_FILE).exists():
-        for path in [path for path in save_dir.iterdir() if path.name != LOCK_FILE]:
-            remove(path)
     path = save_dir / RUN_FILE
     run = json.loads(json.dumps(run))  # as it is read back: tuples are lists there
+    if overwrite and path.exists():
+        _remove_run(save_dir)
+        return _created_now(run)
     if not path.exists():
         others = sorted(p.name for p in save_dir.iterdir() if not p.name.startswith("."))
         if others:
@@ -280,7 +280,7 @@ def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, 
                 f"save_dir {save_dir} holds other files ({', '.join(others[:3])}) and no "
                 f"{RUN_FILE}: expected an empty folder or a run; choose another --save_dir"
             )
-        return {**run, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        return _created_now(run)
     before = read_record(path, required=False)
     try:
         changes = changed_options(before["options"], run["options"], NOT_OF_THE_RUN)
@@ -296,6 +296,21 @@ def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, 
             "to continue it, choose another --save_dir, or --overwrite to remove it"
         )
     return run | kept
+
+
+def _created_now(run: dict[str, Any]) -> dict[str, Any]:
+    return {**run, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def _remove_run(save_dir: Path) -> None:
+    """Remove what a run has written, and nothing else. run.json stays until the new run replaces
+    it: killed in between, the folder is still that of a run, and --overwrite still takes it."""
+    for path in sorted(save_dir.iterdir()):
+        if path.name in (RUN_FILE, LOCK_FILE):
+            continue
+        is_partial = path.name.startswith(".") and path.name.endswith(".partial")
+        if path.name in {*FILES_OF_RUN, "wandb"} or is_checkpoint_name(path.name) or is_partial:
+            remove(path)
 
 
 def append_json(path: Path, line: dict[str, Any]) -> None:

@@ -159,6 +159,31 @@ def test_a_continued_run_keeps_its_id_and_date(tmp_path):
     assert (again["wandb_id"], again["created"], again["steps"]) == ("abc", first["created"], 4)
 
 
+def test_overwrite_removes_what_a_run_wrote_and_a_kill_may_fall_in_it(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text(json.dumps(open_run(tmp_path, RUN, overwrite=False)))
+    for name in ("checkpoint-00000001", "wandb", ".checkpoint-00000002.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    for name in (".lock", "metrics.jsonl", "samples.jsonl", "thesis.tex", "checkpoint-best"):
+        (tmp_path / name).write_text("")
+    remove, removed = report.remove, []
+
+    def killed(path):
+        if len(removed) == 2:
+            raise KeyboardInterrupt
+        removed.append(remove(path))
+
+    other = RUN | {"options": {"lr": 2}, "wandb_id": "new"}
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_run(tmp_path, other, overwrite=True)
+    assert open_run(tmp_path, other, overwrite=True)["wandb_id"] == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".lock", "checkpoint-best", "run.json", "thesis.tex",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("text", ["", "null", "[1]", "{}", '{"options": 1}', "[" * 100_000])
 def test_a_damaged_run_json_is_a_user_error(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
