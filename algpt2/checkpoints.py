@@ -10,13 +10,14 @@ the sha256 that it lists (README.md, for people, is not listed). Folders are fil
 name and renamed. JSON that has to be believed carries a checksum of itself: `write_record`.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import reprlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,11 +232,21 @@ def write_text(path: Path, text: str) -> None:
     """Write text so that `path` is there whole or not at all; a link there is replaced."""
     partial = path.with_name(f".{path.name}.partial")
     remove(partial)  # of a killed process; or a link, which would be written through
-    with partial.open("x", encoding="utf-8") as file:
+    with errors_name(path), partial.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+@contextlib.contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Put the file into an `OSError` of the body that names none: a disk that is full."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_record(path: Path, content: dict[str, Any]) -> None:

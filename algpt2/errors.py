@@ -23,13 +23,17 @@ class NonFiniteError(ArithmeticError):
     """A number that is NaN or infinite (or outlier upon outlier), found before it was kept."""
 
 
+class PeerGoneError(RuntimeError):
+    """Another process of the run, or the TPU, has gone: nothing is wrong with this one."""
+
+
 def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
     """Run a script's `main(argv)` and exit with the code it returns (None: 0).
 
     What a user or the machine caused becomes one line and an exit code: `UserError`, `OSError`
-    (disk full, no permission) 2, `NonFiniteError` 3. `--debug` on the command line shows the
-    traceback as well. SIGTERM and SIGINT end it at once, `EXIT_STOPPED`, wherever nothing else
-    listens: whatever a command writes is left such that the same command goes on.
+    (disk full, no permission) 2, `NonFiniteError` 3, `PeerGoneError` 75. `--debug` on the command
+    line shows the traceback as well. SIGTERM and SIGINT end it at once, code 75, wherever nothing
+    else listens: whatever a command writes is left such that the same command goes on.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
@@ -37,6 +41,9 @@ def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
         stream.reconfigure(errors="backslashreplace")
     try:
         code = main(None) or 0
+    except PeerGoneError as error:
+        print(describe(error), file=sys.stderr)
+        code = EXIT_STOPPED
     except (UserError, OSError, NonFiniteError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()

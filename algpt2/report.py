@@ -25,6 +25,7 @@ from .checkpoints import (
     LINE_FILES,
     STATE_FILE,
     changed_options,
+    errors_name,
     is_checkpoint_name,
     read_record,
     remove,
@@ -315,7 +316,7 @@ def _remove_run(save_dir: Path) -> None:
 
 def append_json(path: Path, line: dict[str, Any]) -> None:
     """Append one line of JSON in a single write; a link is not written through (`OSError`)."""
-    with open(path, "a", encoding="utf-8", opener=_without_links) as file:
+    with errors_name(path), open(path, "a", encoding="utf-8", opener=_without_links) as file:
         file.write(json.dumps(line) + "\n")
 
 

@@ -31,7 +31,7 @@ from .checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from .errors import UserError, describe
+from .errors import PeerGoneError, UserError, describe
 from .evaluation import text_metrics
 from .guard import MIN_STEPS, Hint, StepGuard, check_finite
 from .loop import (
@@ -55,6 +55,19 @@ from .tpu import build_strategy
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 GONE = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)
+
+
+@contextmanager
+def peers_may_go() -> Iterator[None]:
+    """Raise `PeerGoneError` if another worker or the TPU goes while the body waits for it."""
+    try:
+        yield
+    except GONE as error:
+        reason = re.sub(r"\{\{.*?\}\} *", "", describe(error))[:160]
+        raise PeerGoneError(
+            f"a worker or the TPU is gone ({reason}): run the same command again, on all workers; "
+            "it continues from the last checkpoint"
+        ) from error
 
 
 # --- processes and devices -----------------------------------------------------------------------
@@ -94,6 +107,7 @@ class Processes:
             )
         )
 
+    @peers_may_go()
     def sum(self, array: np.ndarray) -> np.ndarray:
         """Sum of arrays of one shape over all processes."""
         if self.count == 1:
@@ -634,6 +648,7 @@ def step_seed(seed: int, step: int) -> np.ndarray:
 # --- evaluation ----------------------------------------------------------------------------------
 
 
+@peers_may_go()
 def evaluate(
     model: TFALGPT2LMHeadModel, rows: PackedRows, processes: Processes, batch_size: int,
     n_rows: int | None = None, check: Callable[[], None] = lambda: None,
@@ -813,11 +828,8 @@ def fit(trainer: Trainer, hooks: Hooks) -> bool:
         return train_steps(trainer, n)
 
     try:
-        return run_loop(trainer, hooks, take, trainer.options.steps_per_call)
-    except GONE as error:
-        reason = re.sub(r"\{\{.*?\}\} *", "", describe(error))[:160]
-        log(
-            f"a worker or the TPU is gone at step {trainer.step} ({reason}): run "
-            "the same command again, on all workers; it continues from the last checkpoint"
-        )
+        with peers_may_go():
+            return run_loop(trainer, hooks, take, trainer.options.steps_per_call)
+    except PeerGoneError as error:
+        log(f"step {trainer.step}: {error}")
         return False
