@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def train(options: TrainOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
-    from algpt2 import mirror, model_card, report, runs, training_pt
+    from algpt2 import loop, mirror, model_card, report, runs, training_pt
     from algpt2.checkpoints import find_checkpoint, newest_checkpoint
 
     # 1. Processes, tokenizer and data
@@ -50,15 +50,15 @@ def train(options: TrainOptions) -> int | None:
         start = (processes, n_steps, checkpoint)
         trainer = training_pt.build_trainer(options, tokenizer, rows, *start)
         run |= runs.describe_model(trainer.model, seq_len)
-        report.log(runs.summary(run, trainer.step))
+        done = loop.is_done(trainer)
+        report.log(runs.summary(run, trainer.step, done))
 
         # 4. Train
         run |= runs.measure_start(
             trainer.step, options.model, run, lambda: training_pt.validate(trainer, val_rows)
         )
-        done = trainer.step >= n_steps
         if not done:
-            with report.RunReport(save_dir, run, trainer.step, options.report) as run_report:
+            with loop.start_report(trainer, run) as run_report:
                 hooks = training_pt.make_hooks(trainer, tokenizer, val_rows, run, run_report)
                 done = training_pt.fit(trainer, hooks)
                 run_report.artifact(find_checkpoint(save_dir))

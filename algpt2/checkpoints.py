@@ -10,13 +10,14 @@ the sha256 that it lists (README.md, for people, is not listed). Folders are fil
 name and renamed. JSON that has to be believed carries a checksum of itself: `write_record`.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import reprlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,20 +47,27 @@ class Checkpoint:
 
 
 def write_checkpoint(
-    save_dir: Path, step: int, fill: Callable[[Path], None], state: dict[str, Any]
-) -> Path:
+    save_dir: Path, step: int, fill: Callable[[Path], None], state: dict[str, Any],
+    *, again: bool = False,
+) -> Path:  # fmt: skip
     """Write `save_dir/checkpoint-<step>` so that it is there whole or not at all.
 
     Args:
         fill: writes the files of the checkpoint into the folder that it is given.
         state: what `training_state.json` holds besides step, format version and checksums.
+        again: the folder is there, of the same weights: only its marker is replaced, in one go, so
+            that a kill cannot take the newest checkpoint away.
     Raises:
         OSError: no space, no permission; nothing half-written stays behind.
     """
-    folder = save_dir / f"checkpoint-{step:08d}"
-    partial = save_dir / f".{folder.name}.partial"
-    from .model_card import complete_checkpoint  # which reads what the report writes
+    from .model_card import complete_checkpoint, try_card  # which read what the report writes
 
+    folder = save_dir / f"checkpoint-{step:08d}"
+    if again and (files := _files_of(folder)):
+        try_card(folder, save_dir, step)
+        _write_marker(folder, save_dir, step, state, files)
+        return folder
+    partial = save_dir / f".{folder.name}.partial"
     remove(partial)
     try:
         partial.mkdir(parents=True)
@@ -67,11 +75,7 @@ def write_checkpoint(
         complete_checkpoint(partial, save_dir, step)
         paths = [path for path in sorted(partial.iterdir()) if path.name != CARD_FILE]
         files = {path.name: _describe(path) for path in paths}
-        lines = {
-            name: _describe(save_dir / name) for name in LINE_FILES if (save_dir / name).exists()
-        }
-        record = {"format_version": FORMAT_VERSION, "step": step, **state, "files": files}
-        write_record(partial / STATE_FILE, record | {"lines": lines})
+        _write_marker(partial, save_dir, step, state, files)
         if folder.exists():  # incomplete, or this step would not be written again
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -80,6 +84,22 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return folder
+
+
+def _write_marker(
+    folder: Path, save_dir: Path, step: int, state: dict[str, Any], files: dict[str, Any]
+) -> None:
+    lines = {name: _describe(save_dir / name) for name in LINE_FILES if (save_dir / name).exists()}
+    record = {"format_version": FORMAT_VERSION, "step": step, **state, "files": files}
+    write_record(folder / STATE_FILE, record | {"lines": lines})
+
+
+def _files_of(folder: Path) -> dict[str, Any]:
+    """What the marker of a whole checkpoint lists; nothing for one that is damaged."""
+    try:
+        return read_checkpoint(folder).state["files"]
+    except UserError:
+        return {}
 
 
 def newest_checkpoint(save_dir: Path, warn: Callable[[str], None] = print) -> Checkpoint | None:
@@ -219,12 +239,22 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Write text so that `path` is there whole or not at all; a link there is replaced."""
     partial = path.with_name(f".{path.name}.partial")
     remove(partial)  # of a killed process; or a link, which would be written through
-    with partial.open("x", encoding="utf-8") as file:
+    with errors_name(path), partial.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         if durable:
             os.fsync(file.fileno())
     partial.replace(path)
+
+
+@contextlib.contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Put the file into an `OSError` of the body that names none: a disk that is full."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_record(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:

@@ -1,13 +1,16 @@
 """Errors that a user can cause: one line, what was expected, what came, what to do; exit code 2."""
 
+import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 EXIT_USER_ERROR = 2  # the command has to be changed
 EXIT_NON_FINITE = 3  # loss or gradient is NaN or infinite: a person has to look
-EXIT_STOPPED = 75  # saved after a signal or at --max_minutes: run the same command again
+EXIT_STOPPED = 75  # by a signal or --max_minutes, nothing lost: run the same command again
 
 _left: list[bool] = []
 
@@ -20,17 +23,27 @@ class NonFiniteError(ArithmeticError):
     """A number that is NaN or infinite (or outlier upon outlier), found before it was kept."""
 
 
+class PeerGoneError(RuntimeError):
+    """Another process of the run, or the TPU, has gone: nothing is wrong with this one."""
+
+
 def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
     """Run a script's `main(argv)` and exit with the code it returns (None: 0).
 
     What a user or the machine caused becomes one line and an exit code: `UserError`, `OSError`
-    (disk full, no permission) 2, `NonFiniteError` 3. `--debug` on the command line shows the
-    traceback as well.
+    (disk full, no permission) 2, `NonFiniteError` 3, `PeerGoneError` 75. `--debug` on the command
+    line shows the traceback as well. SIGTERM and SIGINT end it at once, code 75, wherever nothing
+    else listens: whatever a command writes is left such that the same command goes on.
     """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
     for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
         stream.reconfigure(errors="backslashreplace")
     try:
         code = main(None) or 0
+    except PeerGoneError as error:
+        print(describe(error), file=sys.stderr)
+        code = EXIT_STOPPED
     except (UserError, OSError, NonFiniteError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
@@ -41,6 +54,13 @@ def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
     if code or _left:
         # Not sys.exit: threads of W&B or a prefetcher must not hold a failed command open.
         os._exit(code)
+
+
+def _leave(number: int, frame: Any) -> None:
+    name = signal.Signals(number).name
+    with contextlib.suppress(OSError):  # not print: it may be what the signal interrupted
+        os.write(2, f"\nstopped by {name}: the same command continues\n".encode())
+    os._exit(EXIT_STOPPED)
 
 
 def leave_threads() -> None:

@@ -48,6 +48,11 @@ VAL_METRICS = {
 def complete_checkpoint(folder: Path, save_dir: Path, step: int) -> None:
     """Add to a checkpoint that is being written what its readers elsewhere need."""
     add_model_code(folder)
+    try_card(folder, save_dir, step)
+
+
+def try_card(folder: Path, save_dir: Path, step: int) -> None:
+    """`write_card`, or a warning why there is none."""
     if (save_dir / RUN_FILE).is_file():
         try:
             write_card(folder, save_dir, step)

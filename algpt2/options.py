@@ -233,8 +233,8 @@ class ReportOptions:
     keep_last: int = 2  # newest checkpoints kept
     milestone_steps: int | None = None  # checkpoints at multiples of this are kept for ever
     max_minutes: float | None = None
-    """save and stop, exit code 75, so long after the start of the script (packing included; a step
-    or an evaluation under way is finished); the same command continues"""
+    """save and stop, exit code 75, so long after the start of the script (packing included), behind
+    the step or evaluation batch under way; the same command continues"""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
     wandb_artifacts: bool = False  # the last checkpoint of the run as a W&B artifact, too
     tags: tuple[str, ...] = ()  # W&B tags
@@ -387,8 +387,8 @@ class TFRecordOptions:
     keep_last: int = 2  # newest checkpoints kept
     milestone_steps: int | None = None  # checkpoints at multiples of this are kept for ever
     max_minutes: float | None = None
-    """save and stop, exit code 75, so long after the start of the script (packing included; a step
-    or an evaluation under way is finished); the same command continues"""
+    """save and stop, exit code 75, so long after the start of the script (packing included), behind
+    the step or evaluation batch under way; the same command continues"""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
     tags: tuple[str, ...] = ()  # W&B tags
     seed: int = 42  # of weights, data order and dropout

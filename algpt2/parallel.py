@@ -94,7 +94,9 @@ def _in_processes(
 
 
 def _start_worker() -> None:
-    """A worker does not outlive the process that started it, and is one thread."""
+    """A worker does not outlive the process that started it, and is one thread. Ctrl-C reaches
+    both: it is that process's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_freed_memory()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .checkpoints import (
     LINE_FILES,
     STATE_FILE,
     changed_options,
+    errors_name,
     is_checkpoint_name,
     read_record,
     remove,
@@ -145,9 +146,14 @@ class RunReport:
 
     Made when the run starts or continues: lines of steps after `step` (written between the last
     checkpoint and a crash) are dropped, so that each step stands there once.
+
+    Args:
+        is_cut: a stop cut what follows `step`: that is done again, its lines are dropped too.
     """
 
-    def __init__(self, save_dir: Path, run: dict[str, Any], step: int, report: Any) -> None:
+    def __init__(
+        self, save_dir: Path, run: dict[str, Any], step: int, report: Any, *, is_cut: bool = False
+    ) -> None:
         self.metrics_path, self.samples_path = save_dir / METRICS_FILE, save_dir / SAMPLES_FILE
         self.progress = Progress("train", total=run["steps"], unit="step", initial=step)
         self.tracker: Tracker | None = None
@@ -155,7 +161,7 @@ class RunReport:
         if not is_main_process():
             return
         for path in (self.metrics_path, self.samples_path):
-            _keep_lines_until(path, step)
+            _keep_lines_until(path, step, is_cut)
         write_record(save_dir / RUN_FILE, run)
         self.tracker = _start_tracker(save_dir, run, report)
 
@@ -182,12 +188,12 @@ class RunReport:
         rows = [[step, prompt, text] for text in texts]
         self._send(lambda: {"samples": _wandb_table(["step", "prompt", "text"], rows)}, step)
 
-    def histograms(self, step: int, arrays: dict[str, Any]) -> None:
+    def histograms(self, step: int, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
         """Histograms of named arrays; W&B draws them, no other place does."""
         if self.tracker is None:
             return
         # Counted here and now: the arrays may be the weights themselves. Histograms have no NaN.
-        counts = {k: np.histogram(v[np.isfinite(v)], bins=64) for k, v in arrays.items()}
+        counts = {k: np.histogram(v[np.isfinite(v)], bins=64) for k, v in arrays}
         self._send(lambda: {k: _wandb_histogram(count) for k, count in counts.items()}, step)
 
     def artifact(self, folder: Path) -> None:
@@ -263,11 +269,11 @@ def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, 
     Raises:
         UserError: save_dir holds something else, or a run with other options.
     """
-    if overwrite and (save_dir / RUN_FILE).exists():
-        for path in [path for path in save_dir.iterdir() if path.name != LOCK_FILE]:
-            remove(path)
     path = save_dir / RUN_FILE
     run = json.loads(json.dumps(run))  # as it is read back: tuples are lists there
+    if overwrite and path.exists():
+        _remove_run(save_dir)
+        return _created_now(run)
     if not path.exists():
         others = sorted(p.name for p in save_dir.iterdir() if not p.name.startswith("."))
         if others:
@@ -275,7 +281,7 @@ def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, 
                 f"save_dir {save_dir} holds other files ({', '.join(others[:3])}) and no "
                 f"{RUN_FILE}: expected an empty folder or a run; choose another --save_dir"
             )
-        return {**run, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        return _created_now(run)
     before = read_record(path, required=False)
     try:
         changes = changed_options(before["options"], run["options"], NOT_OF_THE_RUN)
@@ -293,9 +299,24 @@ def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, 
     return run | kept
 
 
+def _created_now(run: dict[str, Any]) -> dict[str, Any]:
+    return {**run, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def _remove_run(save_dir: Path) -> None:
+    """Remove what a run has written, and nothing else. run.json stays until the new run replaces
+    it: killed in between, the folder is still that of a run, and --overwrite still takes it."""
+    for path in sorted(save_dir.iterdir()):
+        if path.name in (RUN_FILE, LOCK_FILE):
+            continue
+        is_partial = path.name.startswith(".") and path.name.endswith(".partial")
+        if path.name in {*FILES_OF_RUN, "wandb"} or is_checkpoint_name(path.name) or is_partial:
+            remove(path)
+
+
 def append_json(path: Path, line: dict[str, Any]) -> None:
     """Append one line of JSON in a single write; a link is not written through (`OSError`)."""
-    with open(path, "a", encoding="utf-8", opener=_without_links) as file:
+    with errors_name(path), open(path, "a", encoding="utf-8", opener=_without_links) as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -389,11 +410,11 @@ def _without_links(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
-def _keep_lines_until(path: Path, step: int) -> None:
-    """Drop the lines of later steps; warn if the others are not what the checkpoint of `step`
-    knows of them."""
+def _keep_lines_until(path: Path, step: int, is_cut: bool) -> None:
+    """Drop the lines of later steps, or of `step` on; warn if the others are not what the
+    checkpoint of `step` knows of them."""
     lines = read_json_lines(path)
-    kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
+    kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step - is_cut]
     if path.exists():
         write_text(path, "".join(kept))
     state_path = path.parent / f"checkpoint-{step:08d}" / STATE_FILE

@@ -436,7 +436,7 @@ def describe_model(model: Any, seq_len: int) -> dict[str, Any]:
     return facts
 
 
-def summary(run: dict[str, Any], step: int) -> str:
+def summary(run: dict[str, Any], step: int, done: bool) -> str:
     """What is printed when a run starts: options, derived numbers, where it stands."""
     lines = [
         f"{group}: {_flags(flags)}"
@@ -452,7 +452,7 @@ def summary(run: dict[str, Any], step: int) -> str:
         f"data: {run['data']['train_tokens']:,} training tokens, {run['epochs']:.2f} epochs",
         f"steps: {run['steps']:,} of {run['tokens_per_step']:,} tokens, peak lr {run['peak_lr']:g}",
     ]
-    if step >= run["steps"]:
+    if done:
         lines.append(f"already done: step {step:,} is the last; another --save_dir starts anew")
     elif step:
         lines.append(f"continuing at step {step:,}")

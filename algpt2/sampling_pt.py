@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from .options import SampleOptions
@@ -20,6 +21,7 @@ def sample_texts(
     *,
     code: str | None = None,
     write: Callable[[str], None] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """`n_samples` texts that start with the prompt and end at end-of-text or `max_length`.
 
@@ -28,15 +30,18 @@ def sample_texts(
     Args:
         code: control code that stands before the prompt; None: end-of-text.
         write: gets the pieces of the text as they are sampled; of one sample only.
+        check: called before each token; it may raise.
     """
     start_id = tokenizer.eot_id if code is None else tokenizer.token_to_id(code)
     stream = GenerateStream(tokenizer, write) if write and options.n_samples == 1 else None
     was_training = model.training
     model.eval()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        rows = sample_tokens(model, tokenizer, options, start_id, stream)
-    model.train(was_training)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            rows = sample_tokens(model, tokenizer, options, start_id, stream, check)
+    finally:
+        model.train(was_training)
     return [tokenizer.decode(row) for row in rows]
 
 
@@ -47,12 +52,14 @@ def sample_tokens(
     options: SampleOptions,
     start_id: int | None = None,
     stream: "GenerateStream | None" = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Rows:
     """The token ids of the texts, by `generate` of transformers; see `extend_texts`."""
 
     def extend(rows: Rows, n_new: int) -> Rows:
         window = torch.tensor(rows, device=model.device)
-        flags = _flags(window, tokenizer, options) | {"streamer": stream}
+        flags = _flags(window, tokenizer, options)
+        flags |= {"streamer": stream, "stopping_criteria": [Check(check)]}
         texts = model.generate(window, max_new_tokens=n_new, **flags)
         return texts[:, window.shape[1] :].tolist()
 
@@ -81,6 +88,17 @@ def _flags(window: Tensor, tokenizer: TextTokenizer, options: SampleOptions) -> 
             "top_p": options.top_p,
         }
     return flags
+
+
+class Check(StoppingCriteria):
+    """Calls a function before each token; only its exception ends anything."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
+
+    def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
+        self.check()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class GenerateStream(TextStream, BaseStreamer):

@@ -19,16 +19,18 @@ def sample_texts(
     *,
     code: str | None = None,
     write: Callable[[str], None] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """`n_samples` texts that start with the prompt and end at end-of-text or `max_length`.
 
     Args:
         code: control code that stands before the prompt; None: end-of-text.
         write: gets the pieces of the text as they are sampled; of one sample only.
+        check: called before each token; it may raise.
     """
     start_id = None if code is None else tokenizer.token_to_id(code)
     stream = TextStream(tokenizer, write) if write and options.n_samples == 1 else None
-    rows = sample_tokens(model, tokenizer, options, seed, start_id, stream)
+    rows = sample_tokens(model, tokenizer, options, seed, start_id, stream, check)
     return [tokenizer.decode(row) for row in rows]
 
 
@@ -39,6 +41,7 @@ def sample_tokens(
     seed: int = 0,
     start_id: int | None = None,
     stream: TextStream | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Rows:
     """The token ids of the texts; see `extend_texts`."""
     draw, ends = np.random.default_rng(seed), [*tokenizer.special_ids]
@@ -58,6 +61,7 @@ def sample_tokens(
         logits, past = first(tf.constant(ids))
         ended = np.zeros(len(ids), bool)
         for i in range(n_new):
+            check()
             new = choose_tokens(logits.numpy().astype(np.float64), ids, options, draw)
             ids = np.concatenate([ids, new[:, None]], 1)
             if stream:

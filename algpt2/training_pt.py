@@ -30,7 +30,15 @@ from .convert_pt import start_model
 from .errors import UserError, describe
 from .evaluation import text_metrics
 from .guard import Hint, StepGuard, check_finite
-from .loop import Hooks, run_loop, step_lr_factor
+from .loop import (
+    Hooks,
+    Metrics,
+    StopRequest,
+    check_cut,
+    check_stop,
+    run_loop,
+    step_lr_factor,
+)
 from .mirror import checkpoint_here, copy_or_warn
 from .modeling_algpt2 import ALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TrainOptions
@@ -66,6 +74,12 @@ class Processes:
             dist.all_reduce(value)
             value /= self.count
         return value
+
+    def any(self, flag: bool) -> bool:
+        """True on every process as soon as it is on one."""
+        if self.count == 1:
+            return flag
+        return self.mean(torch.tensor(float(flag), device=self.device)).item() > 0
 
     def on_main(self, function: Callable[[], Any]) -> Any:
         """What `function` returns on process 0, on every process."""
@@ -382,6 +396,9 @@ class Trainer:
     n_steps: int
     step: int = 0  # optimizer steps taken
     elapsed_s: float = 0.0  # of training, over all restarts
+    saved_step: int | None = None  # its checkpoint is there and whole
+    cut: Metrics | None = None  # of the last step, until it is evaluated and reported
+    stop: StopRequest = field(default_factory=StopRequest)
     guard: StepGuard = field(init=False)  # judges each step before its update
     wrapped: nn.Module = field(init=False)  # the model as it is called: compiled, distributed
     scaler: torch.amp.GradScaler = field(init=False)
@@ -516,13 +533,13 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 @torch.no_grad()
 def evaluate(
     model: nn.Module, rows: PackedRows, processes: Processes, batch_size: int,
-    n_rows: int | None = None, tick: Callable[[int], None] = lambda n: None,
+    n_rows: int | None = None, check: Callable[[], None] = lambda: None,
 ) -> float:  # fmt: skip
     """Mean loss in nats over every token of the rows, each counted once.
 
     Args:
         n_rows: evaluate only this many rows, evenly spaced.
-        tick: called with the number of rows done.
+        check: called before each batch, on all processes; it may raise.
     """
     ids = np.arange(len(rows))
     if n_rows is not None and n_rows < len(ids):
@@ -532,11 +549,12 @@ def evaluate(
     mine = ids[processes.rank :: processes.count]
     size = max(1, batch_size // processes.count)
     total = torch.zeros((), device=processes.device, dtype=torch.float64)
-    for start in range(0, len(mine), size):
+    for start in range(0, math.ceil(len(ids) / processes.count), size):
+        check()
         batch = rows[mine[start : start + size]]
-        with processes.autocast():
-            total += mean_loss(model, batch, processes.device).double() * len(batch)
-        tick(len(batch))
+        if len(batch):  # the last batch of some processes may be none
+            with processes.autocast():
+                total += mean_loss(model, batch, processes.device).double() * len(batch)
     model.train(was_training)
     return (processes.mean(total) * processes.count / len(ids)).item()
 
@@ -544,7 +562,9 @@ def evaluate(
 def validate(trainer: Trainer, rows: PackedRows, n_rows: int | None = None) -> dict[str, float]:
     """`val_loss` and what follows from it, of the model as it is now."""
     batch_size = trainer.options.optim.batch_size
-    loss = evaluate(trainer.model, rows, trainer.processes, batch_size, n_rows)
+    loss = evaluate(
+        trainer.model, rows, trainer.processes, batch_size, n_rows, lambda: check_stop(trainer)
+    )
     return text_metrics(loss, text_totals(rows.manifest))
 
 
@@ -576,9 +596,11 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer, state: dict[str, Any]
         state = {
             **state, "elapsed_s": trainer.elapsed_s, "scaler": trainer.scaler.state_dict(),
             "tokens": trainer.step * trainer.tokens_per_step, "outliers": trainer.guard.state(),
+            "cut": trainer.cut,
         }  # fmt: skip
         try:
-            write_checkpoint(save_dir, trainer.step, fill, state)
+            again = trainer.saved_step == trainer.step
+            write_checkpoint(save_dir, trainer.step, fill, state, again=again)
         except (SafetensorError, OSError) as error:
             raise OSError(
                 f"cannot write the checkpoint of step {trainer.step} in {report.save_dir} "
@@ -586,6 +608,7 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer, state: dict[str, Any]
             ) from error
         prune_checkpoints(save_dir, report.keep_last, report.milestone_steps, trainer.step)
         copy_or_warn(report, trainer.step)
+    trainer.saved_step = trainer.step
     if trainer.processes.count > 1:
         dist.barrier()
 
@@ -603,6 +626,8 @@ def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
             trainer.scaler.load_state_dict(checkpoint.state["scaler"])
         trainer.step, trainer.elapsed_s = checkpoint.step, float(checkpoint.state["elapsed_s"])
         trainer.guard.load(checkpoint.state.get("outliers", {}))
+        trainer.cut = check_cut(checkpoint.state.get("cut"), checkpoint.step)
+        trainer.saved_step = checkpoint.step
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {describe(error)}"
         raise UserError(f"{checkpoint.folder} is damaged ({reason})") from error
@@ -628,16 +653,19 @@ def make_hooks(
     def sample() -> None:
         if trainer.processes.rank == 0:
             code = (options.data.control_codes or (None,))[0]
-            texts = sample_texts(model, tokenizer, options.sample, options.optim.seed, code=code)
+            arguments = (model, tokenizer, options.sample, options.optim.seed)
+            texts = sample_texts(*arguments, code=code, check=trainer.stop.check)
             report.samples(trainer.step, options.sample.prompt, texts)
 
-    def histograms() -> None:
-        arrays = {}
+    def arrays() -> Iterator[tuple[str, np.ndarray]]:
         for name, p in model.named_parameters():
-            arrays[f"weights/{name}"] = p.detach().float().cpu().numpy()
+            trainer.stop.check()
+            yield f"weights/{name}", p.detach().float().cpu().numpy()
             if p.grad is not None:
-                arrays[f"gradients/{name}"] = p.grad.float().cpu().numpy()
-        report.histograms(trainer.step, arrays)
+                yield f"gradients/{name}", p.grad.float().cpu().numpy()
+
+    def histograms() -> None:
+        report.histograms(trainer.step, arrays())
 
     def evaluate_now(last: bool) -> dict[str, float]:
         return validate(trainer, val_rows, None if last else options.data.n_eval_rows)
@@ -651,11 +679,4 @@ def fit(trainer: Trainer, hooks: Hooks) -> bool:
     def one_step(n: int) -> tuple[float, float]:
         return train_step(trainer)
 
-    return run_loop(trainer, hooks, one_step, lambda flag: any_process(flag, trainer.processes))
-
-
-def any_process(flag: bool, processes: Processes) -> bool:
-    """True on every process as soon as it is on one: they must leave the loop together."""
-    if processes.count == 1:
-        return flag
-    return processes.mean(torch.tensor(float(flag), device=processes.device)).item() > 0
+    return run_loop(trainer, hooks, one_step)

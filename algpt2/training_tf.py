@@ -28,10 +28,18 @@ from .checkpoints import (
     prune_checkpoints,
     write_checkpoint,
 )
-from .errors import UserError, describe
+from .errors import PeerGoneError, UserError, describe
 from .evaluation import text_metrics
 from .guard import MIN_STEPS, Hint, StepGuard, check_finite
-from .loop import Hooks, run_loop, step_lr_factor
+from .loop import (
+    Hooks,
+    Metrics,
+    StopRequest,
+    check_cut,
+    check_stop,
+    run_loop,
+    step_lr_factor,
+)
 from .mirror import checkpoint_here, copy_or_warn
 from .modeling_tf_algpt2 import TFALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TFTrainOptions
@@ -46,6 +54,19 @@ from .tpu import build_strategy
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 GONE = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)
+
+
+@contextmanager
+def peers_may_go() -> Iterator[None]:
+    """Raise `PeerGoneError` if another worker or the TPU goes while the body waits for it."""
+    try:
+        yield
+    except GONE as error:
+        reason = re.sub(r"\{\{.*?\}\} *", "", describe(error))[:160]
+        raise PeerGoneError(
+            f"a worker or the TPU is gone ({reason}): run the same command again, on all workers; "
+            "it continues from the last checkpoint"
+        ) from error
 
 
 # --- processes and devices -----------------------------------------------------------------------
@@ -85,6 +106,7 @@ class Processes:
             )
         )
 
+    @peers_may_go()
     def sum(self, array: np.ndarray) -> np.ndarray:
         """Sum of arrays of one shape over all processes."""
         if self.count == 1:
@@ -92,6 +114,10 @@ class Processes:
         pieces = [array] + [np.zeros_like(array)] * (self.n_local - 1)
         total = self.strategy.reduce("SUM", self.distribute(pieces), axis=None)
         return np.asarray(total)
+
+    def any(self, flag: bool) -> bool:
+        """True on every process as soon as it is on one."""
+        return bool(self.sum(np.array([flag], np.int32))[0])
 
     def on_main(self, function: Callable[[], Any]) -> Any:
         """What `function` returns on process 0 (JSON), on every process; its `UserError` too."""
@@ -458,6 +484,9 @@ class Trainer:
     n_steps: int
     step: int = 0  # optimizer steps taken
     elapsed_s: float = 0.0  # of training, over all restarts
+    saved_step: int | None = None  # its checkpoint is there and whole
+    cut: Metrics | None = None  # of the last step, until it is evaluated and reported
+    stop: StopRequest = field(default_factory=StopRequest)
     guard: StepGuard = field(init=False)  # judges each step before its update
     run_steps: Callable[..., Any] = field(init=False)  # several steps in one call
 
@@ -619,15 +648,18 @@ def step_seed(seed: int, step: int) -> np.ndarray:
 # --- evaluation ----------------------------------------------------------------------------------
 
 
+@peers_may_go()
 def evaluate(
     model: TFALGPT2LMHeadModel, rows: PackedRows, processes: Processes, batch_size: int,
-    n_rows: int | None = None, tick: Callable[[int], None] = lambda n: None,
+    n_rows: int | None = None, check: Callable[[], None] = lambda: None,
+    tick: Callable[[int], None] = lambda n: None,
 ) -> float:  # fmt: skip
     """Mean loss in nats over every token of the rows, each counted once.
 
     Args:
         n_rows: evaluate only this many rows, evenly spaced.
         tick: called with the number of rows done.
+        check: called before each batch, on all processes; it may raise.
     """
     ids = np.arange(len(rows))
     if n_rows is not None and n_rows < len(ids):
@@ -636,6 +668,7 @@ def evaluate(
     per_call = processes.n_replicas * size
     total = 0.0
     for start in range(0, len(ids), per_call):
+        check()
         # Every device takes as many rows each time: those that are too many weigh nothing.
         places = start + processes.rank * processes.n_local * size
         places = np.arange(places, places + processes.n_local * size)
@@ -655,7 +688,9 @@ def evaluate(
 def validate(trainer: Trainer, rows: PackedRows, n_rows: int | None = None) -> dict[str, float]:
     """`val_loss` and what follows from it, of the model as it is now."""
     batch_size = trainer.options.optim.batch_size
-    loss = evaluate(trainer.model, rows, trainer.processes, batch_size, n_rows)
+    loss = evaluate(
+        trainer.model, rows, trainer.processes, batch_size, n_rows, lambda: check_stop(trainer)
+    )
     return text_metrics(loss, text_totals(rows.manifest))
 
 
@@ -706,9 +741,11 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer | None, state: dict[st
         state = {
             **state, "elapsed_s": trainer.elapsed_s, "scaler": {},
             "tokens": trainer.step * trainer.tokens_per_step, "outliers": trainer.guard.state(),
+            "cut": trainer.cut,
         }  # fmt: skip
         try:
-            write_checkpoint(save_dir, trainer.step, fill, state)
+            again = trainer.saved_step == trainer.step
+            write_checkpoint(save_dir, trainer.step, fill, state, again=again)
         except (SafetensorError, OSError) as error:
             raise OSError(
                 f"cannot write the checkpoint of step {trainer.step} in {kept.save_dir} "
@@ -716,6 +753,7 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer | None, state: dict[st
             ) from error
         prune_checkpoints(save_dir, kept.keep_last, kept.milestone_steps, trainer.step)
         copy_or_warn(kept, trainer.step)
+    trainer.saved_step = trainer.step
     trainer.processes.barrier()
 
 
@@ -729,6 +767,8 @@ def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
         tensors = load_file(checkpoint.folder / OPTIMIZER_FILE)
         trainer.step, trainer.elapsed_s = checkpoint.step, float(checkpoint.state["elapsed_s"])
         trainer.guard.load(checkpoint.state.get("outliers", {}))
+        trainer.cut = check_cut(checkpoint.state.get("cut"), checkpoint.step)
+        trainer.saved_step = checkpoint.step
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {describe(error)}"
         raise UserError(f"{checkpoint.folder} is damaged ({reason})") from error
@@ -765,12 +805,17 @@ def make_hooks(
     def sample() -> None:
         if trainer.processes.rank == 0 and tokenizer is not None:
             code = (options.data.control_codes or (None,))[0]
-            texts = sample_texts(model, tokenizer, options.sample, options.optim.seed, code=code)
+            arguments = (model, tokenizer, options.sample, options.optim.seed)
+            texts = sample_texts(*arguments, code=code, check=trainer.stop.check)
             run_report.samples(trainer.step, options.sample.prompt, texts)
 
+    def arrays() -> Iterator[tuple[str, np.ndarray]]:
+        for name, variable in model.named_parameters().items():
+            trainer.stop.check()
+            yield f"weights/{name}", variable.numpy()
+
     def histograms() -> None:
-        parameters = model.named_parameters().items()
-        run_report.histograms(trainer.step, {f"weights/{n}": v.numpy() for n, v in parameters})
+        run_report.histograms(trainer.step, arrays())
 
     return Hooks(tick, write, evaluate_now, save, sample, histograms)
 
@@ -781,18 +826,12 @@ def fit(trainer: Trainer, hooks: Hooks) -> bool:
     False as well when another worker or the TPU has gone: the last checkpoint stands.
     """
 
-    def any_process(flag: bool) -> bool:
-        return bool(trainer.processes.sum(np.array([flag], np.int32))[0])
-
     def take(n: int) -> tuple[float, float]:
         return train_steps(trainer, n)
 
     try:
-        return run_loop(trainer, hooks, take, any_process, trainer.options.steps_per_call)
-    except GONE as error:
-        reason = re.sub(r"\{\{.*?\}\} *", "", describe(error))[:160]
-        log(
-            f"a worker or the TPU is gone at step {trainer.step} ({reason}): run "
-            "the same command again, on all workers; it continues from the last checkpoint"
-        )
+        with peers_may_go():
+            return run_loop(trainer, hooks, take, trainer.options.steps_per_call)
+    except PeerGoneError as error:
+        log(f"step {trainer.step}: {error}")
         return False

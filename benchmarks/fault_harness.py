@@ -100,7 +100,6 @@ def workers_of(n: int) -> list[dict[str, str]]:
 
 def make_workspace(folder: Path, seed: int) -> None:
     """In `folder`: text/, a tokenizer, shards/ of 16 tokens a row, a config of 20,000 weights."""
-    import make_tfrecords
     from algpt2 import tokenization_algpt2
     from algpt2.corpus import documents
 
@@ -112,15 +111,22 @@ def make_workspace(folder: Path, seed: int) -> None:
         (folder / "text" / f"{i:04}.txt").write_text(text)
     tokenizer = tokenization_algpt2.train(documents(str(folder / "text")), vocab_size=300)
     tokenization_algpt2.save(tokenizer, folder / "tokenizer")
-    make_tfrecords.main([
-        f"--path={folder / 'text'}", f"--save_path={folder / 'shards'}", "--seq_len=16",
-        f"--tokenizer={folder / 'tokenizer'}", "--n_shards=4", "--n_examples=4000",
-    ])  # fmt: skip
+    pack_text(folder, "shards", 4000)
     ALGPT2Config(
         vocab_size=300, n_positions=32, n_embd=32, n_layer=2, n_head=2, embedding_size=16,
         bos_token_id=299, eos_token_id=299, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
         architectures=["ALGPT2LMHeadModel"],
     ).save_pretrained(folder / "config")  # fmt: skip
+
+
+def pack_text(folder: Path, name: str, n_rows: int) -> None:
+    """So many rows of the text of a workspace, in shards."""
+    import make_tfrecords
+
+    make_tfrecords.main([
+        f"--path={folder / 'text'}", f"--save_path={folder / name}", "--seq_len=16",
+        f"--tokenizer={folder / 'tokenizer'}", "--n_shards=4", f"--n_examples={n_rows}",
+    ])  # fmt: skip
 
 
 def trainer(script: str, folder: Path, run: Path, **changes: Any) -> list[str]:

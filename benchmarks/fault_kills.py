@@ -29,6 +29,7 @@ from fault_harness import (
     lines_of,
     make_workspace,
     metrics,
+    pack_text,
     result,
     trainer,
     wait_for,
@@ -122,40 +123,62 @@ def _ended(command: Command, seconds: float) -> bool:
 
 
 def signals(space: Path, short: bool, seed: int) -> Iterator[dict]:
-    """SIGTERM and SIGINT save and stop; a second one exits at once; both lose nothing."""
-    draw = random.Random(seed)
-    for script in ("train_pt.py",) if short else ("train_pt.py", "train_tf.py"):
-        steps = 800
+    """SIGTERM and SIGINT save and stop, in an evaluation too; a second one exits at once."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        pack_text(space, "val", 1200)
+    several = ("train_pt.py", 1), ("train_tf.py", 1), ("train_tfrecords.py", 2)
+    for script, n in several[:1] if short else several:
+        steps, draw = 400, random.Random(seed)
+        every = "eval_batches" if script == "train_tfrecords.py" else "eval_steps"
+        changes = {"max_steps": steps, every: 100, "val_path": space / "val"}
         clean, run = space / f"signal-clean-{script}", space / f"signal-{script}"
-        if any(Command(trainer(script, space, clean, max_steps=steps)).run(space)):
+        environments = workers_of(n) if n > 1 else [{}]
+        if any(Command(trainer(script, space, clean, **changes), environments).run(space)):
             raise SystemExit(f"{script} failed without any fault")
-        lost, sent, slowest = [], 0, 0.0
-        command = Command(trainer(script, space, run, max_steps=steps))
-        for number, twice in [(signal.SIGTERM, False), (signal.SIGINT, False),
-                              (signal.SIGTERM, True), (signal.SIGINT, True)]:  # fmt: skip
-            before = lines_of(run)
-            command.start(space)
-            if not wait_for_lines(run, before + 1, command):
-                lost.append(f"ended by itself: {command.output()[-200:]}")
-                continue
-            time.sleep(draw.uniform(0, 0.2))
-            command.processes[0].send_signal(number)
-            if twice:
-                command.processes[0].send_signal(number)
-            start = time.monotonic()
-            code = command.wait()[0]
-            slowest, sent = max(slowest, time.monotonic() - start), sent + 1 + twice
-            # The second signal may come when the run has stopped already because of the first.
-            expected = (STOPPED, 128 + number) if twice else (STOPPED,)
-            if code not in expected:
-                lost.append(f"signal {number}: exit code {code}")
-            elif code == STOPPED and not re.search(f"stopped at step .*{run}", command.output()):
-                lost.append(f"signal {number}: it says {command.output()[-200:]!r}")
+        lost, sent, slowest, cut = [], 0, 0.0, 0
+        command = Command(trainer(script, space, run, **changes), environments)
+        for trial in range(4 if short else 12):
+            number, twice = (signal.SIGTERM, signal.SIGINT)[trial % 2], trial % 4 == 3
+            seconds, wrong = _stop(command, run, number, twice, trial % 3 > 0, draw)
+            slowest, sent = max(slowest, seconds), sent + 1 + twice
+            lost += [f"signal {number}: {wrong}"] if wrong else []
+            cut += "evaluation (or sample) is cut" in command.output()
         if slowest > 10:
             lost.append(f"it took {slowest:.1f} s to stop")
-        wrong = command.run(space)[0] or difference(run, clean)
+        wrong = any(command.run(space)) or difference(run, clean)
         lost += [f"afterwards: {wrong}"] if wrong else []
-        yield result("SIGTERM, SIGINT", script, sent, lost, f"stopped within {slowest:.1f} s")
+        note = f"stopped within {slowest:.1f} s; {cut} in an evaluation"
+        yield result("SIGTERM, SIGINT", script, sent, lost, note)
+
+
+def _stop(
+    command: Command, run: Path, number: int, twice: bool, in_evaluation: bool, draw: random.Random
+) -> tuple[float, str | None]:
+    """Start the command, send a signal to one of its processes as it trains or, if that is next,
+    evaluates; seconds until the end, and what was wrong."""
+    before = lines_of(run)
+    is_cut = before % 100 == 99  # the start begins with the evaluation
+    goal = (before // 100 + 1) * 100 - 1 if in_evaluation else before + 1
+    command.start(run.parent)
+
+    def is_time() -> bool:
+        return lines_of(run) >= goal and (not is_cut or "continuing at" in command.output())
+
+    if not wait_for(is_time, command):
+        return 0.0, f"ended by itself: {command.output()[-200:]}"
+    time.sleep(draw.uniform(0, 0.2))
+    for _ in range(1 + twice):
+        draw.choice(command.processes).send_signal(number)
+    start = time.monotonic()
+    codes = command.wait()
+    seconds = time.monotonic() - start
+    # The second signal may come when the run has stopped already because of the first.
+    expected = (STOPPED, 128 + number) if twice else (STOPPED,)
+    if any(code not in expected for code in codes):
+        return seconds, f"exit codes {codes}: {command.output()[-200:]}"
+    if codes[0] == STOPPED and not re.search(f"stopped (at step .*{run}|by SIG)", command.output()):
+        return seconds, f"it says {command.output()[-200:]!r}"
+    return seconds, None
 
 
 def processes(space: Path, short: bool, seed: int) -> Iterator[dict]:

@@ -71,6 +71,22 @@ def test_no_complete_checkpoint_among_damaged_ones_is_an_error(run):
         find_checkpoint(run, lambda message: None)
 
 
+def test_a_checkpoint_written_again_is_never_away(run, monkeypatch):
+    """With --keep_last 1 it may be the only one."""
+
+    def lose(*arguments, **more):
+        raise AssertionError("a folder was removed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.shutil, "rmtree", lose)
+        write_checkpoint(run, 3, lose, {"note": "again"}, again=True)
+    newest = newest_checkpoint(run)
+    assert (newest.step, newest.state["note"]) == (3, "again")
+    (run / "checkpoint-00000003" / "weights.bin").write_bytes(b"")
+    write_checkpoint(run, 3, fill, {"note": "damaged since"}, again=True)
+    assert newest_checkpoint(run).state["note"] == "damaged since"
+
+
 def test_a_failed_write_leaves_nothing(run):
     def full_disk(folder):
         fill(folder)

@@ -513,12 +513,16 @@ def test_max_minutes_counts_from_the_start_of_the_command(flags, tmp_path, monke
     monkeypatch.setattr(training_pt, "evaluate", slow_evaluation)
     monkeypatch.setattr(training_pt, "train_step", slow_step)
     stops = []
-    for _ in range(2):
+    for _ in range(4):
         assert train_pt.main(flags(max_minutes=1)) == EXIT_STOPPED
-        stops.append(max(int(p.name[-8:]) for p in (tmp_path / "run").glob("checkpoint-*")))
-    # 30 s of start and steps of 10 s: over a minute after the fourth. Then the evaluation of step
-    # 6 is over the time: it is finished, and the run stops.
-    assert stops == [4, 6]
+        stops.append((metrics(tmp_path / "run", "step")[-1][0], newest_step(tmp_path / "run")))
+    # 30 s of start and steps of 10 s: over a minute after the fourth. The evaluation of step 6 is
+    # over the time: it is cut. The next start finishes it, however long it takes, and no more.
+    assert stops == [(4, 4), (5, 6), (6, 6), (10, 10)]
+
+
+def newest_step(run):
+    return max(int(path.name[-8:]) for path in run.glob("checkpoint-*"))
 
 
 def test_every_start_takes_a_step_however_short_the_time(flags, tmp_path):
@@ -578,7 +582,7 @@ def write(folder, n=50, mode="offline", histograms=False, done=None):
             start_s = time.monotonic()
             run_report.metrics({"step": step, "loss": None if step == 2 else 2.0})
             if histograms:
-                run_report.histograms(step, {"weights/a": np.array([1.0, math.nan, math.inf])})
+                run_report.histograms(step, [("weights/a", np.array([1.0, math.nan, math.inf]))])
             run_report.progress.update(1)
             slowest = max(slowest, time.monotonic() - start_s)
         if done:

@@ -129,6 +129,7 @@ def test_the_checkpoint_is_an_artifact_on_request_only(fake, tmp_path, checkpoin
 def test_the_real_wandb_stages_an_artifact_offline(tmp_path, checkpoint, monkeypatch):
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.setattr(report, "STOP_S", 60)  # a busy machine is no failure of W&B's
     with_artifact(tmp_path, checkpoint, "offline")
     (written,) = tmp_path.glob("wandb/offline-run-*-abc/*.wandb")
     assert b"my-run" in written.read_bytes()
@@ -156,6 +157,31 @@ def test_a_continued_run_keeps_its_id_and_date(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(first))
     again = open_run(tmp_path, RUN | {"wandb_id": "new", "steps": 4}, overwrite=False)
     assert (again["wandb_id"], again["created"], again["steps"]) == ("abc", first["created"], 4)
+
+
+def test_overwrite_removes_what_a_run_wrote_and_a_kill_may_fall_in_it(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text(json.dumps(open_run(tmp_path, RUN, overwrite=False)))
+    for name in ("checkpoint-00000001", "wandb", ".checkpoint-00000002.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    for name in (".lock", "metrics.jsonl", "samples.jsonl", "thesis.tex", "checkpoint-best"):
+        (tmp_path / name).write_text("")
+    remove, removed = report.remove, []
+
+    def killed(path):
+        if len(removed) == 2:
+            raise KeyboardInterrupt
+        removed.append(remove(path))
+
+    other = RUN | {"options": {"lr": 2}, "wandb_id": "new"}
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_run(tmp_path, other, overwrite=True)
+    assert open_run(tmp_path, other, overwrite=True)["wandb_id"] == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".lock", "checkpoint-best", "run.json", "thesis.tex",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["", "null", "[1]", "{}", '{"options": 1}', "[" * 100_000])

@@ -1,0 +1,171 @@
+"""A stop while something is under way: what is cut is done at the next start, as if never cut."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import train_pt
+import train_tf
+from algpt2 import loop, training_pt, training_tf
+from algpt2.errors import EXIT_STOPPED
+from algpt2.loop import StopRequest, check_cut
+
+ROOT = Path(train_pt.__file__).parent
+SCRIPTS = {"pt": (train_pt, training_pt), "tf": (train_tf, training_tf)}
+TIMES = {"elapsed_s", "tokens_per_s", "input_wait"}
+
+
+@pytest.fixture
+def flags(corpus, tokenizer_folder, config_folder, tmp_path):
+    """A run of six steps, evaluated and sampled at steps 3 and 6."""
+
+    def make(save_dir, **changes):
+        options = {
+            "config": config_folder, "tokenizer": tokenizer_folder, "save_dir": tmp_path / save_dir,
+            "train_path": corpus / "train", "val_path": corpus / "valid", "seq_len": 16,
+            "max_steps": 6, "eval_steps": 3, "logging_steps": 2, "lr": 1e-2, "device": "cpu",
+            "sample_steps": 3, "max_length": 8, "keep_last": 1,
+        } | changes  # fmt: skip
+        return [f"--{name}={value}" for name, value in options.items()]
+
+    return make
+
+
+def lines(path):
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in found]
+
+
+def content(run):
+    """What two runs have to have in common."""
+    (folder,) = run.glob("checkpoint-*")
+    weights = [(folder / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
+    return folder.name, lines(run / "metrics.jsonl"), lines(run / "samples.jsonl"), weights
+
+
+def stop_at(monkeypatch, owner, name, call):
+    """Have this process get SIGTERM as it calls `owner.name` for the `call`-th time."""
+    whole, calls = getattr(owner, name), []
+
+    def counted(*arguments):
+        calls.append(None)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(*arguments)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+@pytest.mark.parametrize("framework", SCRIPTS)
+def test_what_a_stop_cuts_is_done_at_the_next_start(framework, flags, tmp_path, monkeypatch):
+    script, module = SCRIPTS[framework]
+    assert script.main(flags("straight")) is None
+    run = tmp_path / "cut"
+
+    def start(owner=None, name="", call=0):
+        with monkeypatch.context() as patch:
+            if owner:
+                stop_at(patch, owner, name, call)
+            code = script.main(flags("cut"))
+        return code, [line["step"] for line in lines(run / "metrics.jsonl")]
+
+    # In an evaluation; again, as it is done again; in a sample; as the checkpoint is mended.
+    assert start(module, "check_stop", 2) == (EXIT_STOPPED, [2])
+    if framework == "pt":  # each start in TensorFlow compiles
+        assert start(module, "check_stop", 1) == (EXIT_STOPPED, [2])
+    assert start(StopRequest, "check", 3) == (EXIT_STOPPED, [2])
+    (folder,) = run.glob("checkpoint-*")
+    assert json.loads((folder / "training_state.json").read_text())["cut"]["step"] == 3
+    if framework == "pt":
+        assert start(module, "save_state", 1) == (EXIT_STOPPED, [2, 3, 4])
+    assert start() == (None, [2, 3, 4, 6])
+    assert content(run) == content(tmp_path / "straight")
+
+
+def test_a_kill_behind_the_line_of_a_cut_step_leaves_it_once(flags, tmp_path, monkeypatch, capsys):
+    train_pt.main(flags("straight"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, training_pt, "check_stop", 12)  # of step 6, the last
+        assert train_pt.main(flags("cut", eval_steps=6)) == EXIT_STOPPED
+    (folder,) = (tmp_path / "cut").glob("checkpoint-*")
+    assert "bits per byte" not in (folder / "README.md").read_text()
+
+    def kill(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_pt, "save_state", kill)
+        with pytest.raises(KeyboardInterrupt):
+            train_pt.main(flags("cut"))
+    assert [line["step"] for line in lines(tmp_path / "cut" / "metrics.jsonl")] == [2, 4, 6]
+    capsys.readouterr()
+    for message in ("continuing at step 6", "already done"):
+        assert train_pt.main(flags("cut")) is None
+        printed = capsys.readouterr().out
+        assert message in printed and "warning" not in printed
+    found, expected = content(tmp_path / "cut"), content(tmp_path / "straight")
+    assert found[1] == [line for line in expected[1] if line["step"] != 3]
+    assert found[3] == expected[3]
+    assert "bits per byte" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("n_rows", [1, 5, 9, 12])
+def test_all_processes_ask_equally_often(n_rows, monkeypatch):
+    """Each asks the others: one time more or less and they wait for ever."""
+    monkeypatch.setattr(training_pt, "mean_loss", lambda *_: torch.zeros(()))
+    counts = []
+    for rank in range(4):
+        processes = training_pt.Processes(rank, 4, torch.device("cpu"), torch.float32)
+        monkeypatch.setattr(training_pt.Processes, "mean", lambda self, value: value)
+        asked = []
+        training_pt.evaluate(
+            torch.nn.Identity(), np.zeros((n_rows, 3), int), processes, batch_size=8,
+            check=lambda asked=asked: asked.append(None),
+        )  # fmt: skip
+        counts.append(len(asked))
+    assert counts == [math.ceil(n_rows / 8)] * 4
+
+
+def test_process_0_alone_stops_all():
+    def leave():
+        raise loop.Stopped
+
+    for work, others in ((leave, False), (lambda: None, True)):
+        trainer = SimpleNamespace(processes=SimpleNamespace(any=lambda flag, o=others: flag or o))
+        with pytest.raises(loop.Stopped):
+            loop.on_main_only(trainer, work)
+
+
+@pytest.mark.parametrize("cut", [3, [], {}, {"step": 2}, {"step": 3, "loss": "1"}])
+def test_a_cut_that_is_none_is_refused(cut):
+    assert check_cut({"step": 3, "loss": None, "lr": 0.5}, 3)["lr"] == 0.5
+    assert check_cut(None, 3) is None
+    with pytest.raises(TypeError, match="expected the metrics of step 3"):
+        check_cut(cut, 3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_where_nothing_listens_ends_the_command_at_once(number):
+    code = "import time; from algpt2 import errors; errors.run_script(lambda argv: work())\n"
+    work = "def work():\n  print('working', flush=True)\n  time.sleep(60)\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", work + code], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "working\n"
+    start_s = time.monotonic()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == EXIT_STOPPED and time.monotonic() - start_s < 5
+    assert f"stopped by {number.name}: the same command continues" in errors
+    assert "Traceback" not in errors
