@@ -125,8 +125,12 @@ def publish_evaluation(folder: Path, report: ReportOptions) -> None:
     save_dir = folder.parent
     update_card(folder)
     if folder in checkpoint_folders(save_dir) and (save_dir / RUN_FILE).is_file():
-        measures = evaluation_measures(save_dir / EVALUATION_FILE, folder.name)
-        send_table(save_dir, report, "evaluation", MEASURE_COLUMNS, measures)
+        rows = [
+            [folder.name, text, measure, float(value), unit] for text, measure, value, unit
+            in evaluation_measures(save_dir / EVALUATION_FILE, folder.name)
+        ]  # fmt: skip
+        step = int(folder.name.rpartition("-")[2])
+        send_table(save_dir, report, "evaluation", ["checkpoint", *MEASURE_COLUMNS], rows, step)
     push_to_hub(folder, report.push_to_hub)
 
 

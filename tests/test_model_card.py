@@ -129,7 +129,9 @@ def test_an_evaluation_gets_into_the_card_and_damages_nothing(run, monkeypatch):
     monkeypatch.setattr(model_card, "send_table", lambda *args: sent.append(args))
     model_card.publish_evaluation(folder, ReportOptions())
     cells = ["ptb.test, as it is, context 32", "ppl, words", "35.1250", "per word (82,430 words)"]
-    assert sent == [(run, ReportOptions(), "evaluation", model_card.MEASURE_COLUMNS, [cells])]
+    columns = ["checkpoint", *model_card.MEASURE_COLUMNS]
+    row = [folder.name, *cells[:2], 35.125, cells[3]]
+    assert sent == [(run, ReportOptions(), "evaluation", columns, [row], 2)]
     after = (folder / "README.md").read_text()
     assert after == f"{before}| {' | '.join(cells)} |\n"
     path.unlink()
