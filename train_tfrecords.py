@@ -77,22 +77,22 @@ def train(flags: TFRecordOptions) -> int | None:
 
 def evaluate_only(flags: TFRecordOptions) -> None:
     """Print and save one table of loss, perplexities and bits per byte of a checkpoint."""
-    from algpt2 import input_tf, report, runs, training_tf
+    from algpt2 import evaluation_sets, input_tf, report, runs, training_tf
 
     options = flags.train_options()
+    results = evaluation_sets.ResultFiles(runs.result_folder(options.model))
     processes = training_tf.start_processes(options, flags.tpu)
     shards = input_tf.find_shards("--val_path", flags.val_path)
     with processes.strategy.scope():
         model = training_tf.build_model(options.model, None, None, processes.dtype)
-    config = model.config.to_dict()
-    input_tf.check_shards("--val_path", shards, 1, flags.seq_len, config, exact=False)
+    input_tf.check_shards("--val_path", shards, 1, flags.seq_len, model.config.to_dict(), False)
     rows = input_tf.FileRows(shards)
     with report.Progress("evaluate", total=len(rows), unit="row") as progress:
         batch_size = options.optim.batch_size
         loss = training_tf.evaluate(model, rows, processes, batch_size, tick=progress.update)
-    if processes.rank == 0:
-        name = Path(str(options.model.checkpoint)).name
-        report.log(runs.metrics_table(name, loss, runs.text_totals(rows.manifest)))
+    one = evaluation_sets.evaluation_of_rows(options, rows.manifest, loss, str(processes.dtype))
+    results.add(one)
+    evaluation_sets.publish([one], results, options)
 
 
 if __name__ == "__main__":

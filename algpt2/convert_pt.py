@@ -14,6 +14,7 @@ from .checkpoints import STATE_FILE, find_checkpoint
 from .configuration_algpt2 import ALGPT2Config
 from .convert import Tensors, check_start, gpt2_config, gpt2_tensors, start_tensors
 from .errors import UserError, describe
+from .model_card import limit_tokenizer
 from .modeling_algpt2 import ALGPT2LMHeadModel
 from .report import log
 from .runs import check_memory
@@ -75,6 +76,7 @@ def export_gpt2(checkpoint: str, out: Path, *, overwrite: bool = False) -> GPT2C
         # safetensors writes for the owner's eyes only; an export is for others.
         (partial / WEIGHTS_FILE).chmod((partial / "config.json").stat().st_mode)
         tokenizer.save(partial)
+        limit_tokenizer(partial)
         out.mkdir(parents=True, exist_ok=True)
         for path in partial.iterdir():
             path.replace(out / path.name)

@@ -38,7 +38,7 @@ from .options import TrainOptions
 from .report import Progress, is_main_process, log
 from .runs import check_detokenizer, choose_seq_len, open_or_pack, source_folder, text_totals
 from .runs import fingerprint as manifest_fingerprint
-from .tfrecords import MANIFEST_FILE, PackedRows, open_rows, read_manifest
+from .tfrecords import MANIFEST_FILE, Manifest, PackedRows, open_rows, read_manifest
 from .tokenization_algpt2 import TextTokenizer
 
 JSON_FILE, MARKDOWN_FILE = "evaluation.json", "evaluation.md"
@@ -284,11 +284,7 @@ class Evaluator:
         self.stride = options.eval.stride or model.context
         if self.stride > model.context:
             raise UserError(f"--stride {self.stride}: expected 1 to {model.context}, the context")
-        folder = source_folder(options.model) or Path(str(options.model.checkpoint))
-        self.facts = {
-            "checkpoint": folder.resolve().name, "context": model.context, "stride": self.stride,
-            "precision": precision,
-        }  # fmt: skip
+        self.facts = _facts(options, model.context, self.stride, precision)
 
     def evaluate(self, one: EvalSet) -> Evaluation:
         """All measures of one set."""
@@ -333,23 +329,14 @@ class Evaluator:
     def _text_measures(
         self, nats: float, n_tokens: int, totals: TextTotals, texts: Iterable[str]
     ) -> Scored:
-        """The measures of a text; words and bytes are those of the text before a detokenizer."""
-        values = text_metrics(nats / n_tokens, totals)
-        tokens, n_bytes = f"{n_tokens:,} tokens", f"{totals.text_bytes:,} bytes"
-        words = f"{totals.words:,} words, line ends counted"
-        measures = [
-            Measure("loss", values["val_loss"], "nats/token", tokens),
-            Measure("ppl", values["val_ppl"], "per token", tokens),
-            Measure("word ppl", values["val_word_ppl"], "per word", words),
-            Measure("bits per byte", values["val_bpb"], "bits/byte", n_bytes),
-        ]
+        measures, details = text_measures(nats, n_tokens, totals)
         if self.options.compressors:
             log("compressing the text with gzip -9 and xz -9e")
             measures += [
-                Measure(name, bits, "bits/byte", n_bytes)
+                Measure(name, bits, "bits/byte", f"{totals.text_bytes:,} bytes")
                 for name, bits in compressor_bits_per_byte(texts).items()
             ]
-        return measures, {"nats": nats, "scored_tokens": n_tokens, **asdict(totals)}
+        return measures, details
 
     def _lambada(self, one: EvalSet, change: Callable[[str], str], tick: Callable) -> Scored:
         passages = (
@@ -382,6 +369,43 @@ class Evaluator:
 
     def _first(self, examples: Iterable) -> Iterator:
         return itertools.islice(examples, self.options.eval.n_eval_examples)
+
+
+def text_measures(nats: float, n_tokens: int, totals: TextTotals) -> Scored:
+    """The measures of a text; words and bytes are those of the text before a detokenizer."""
+    values = text_metrics(nats / n_tokens, totals)
+    tokens, words = f"{n_tokens:,} tokens", f"{totals.words:,} words, line ends counted"
+    return [
+        Measure("loss", values["val_loss"], "nats/token", tokens),
+        Measure("ppl", values["val_ppl"], "per token", tokens),
+        Measure("word ppl", values["val_word_ppl"], "per word", words),
+        Measure("bits per byte", values["val_bpb"], "bits/byte", f"{totals.text_bytes:,} bytes"),
+    ], {"nats": nats, "scored_tokens": n_tokens, **asdict(totals)}
+
+
+def evaluation_of_rows(
+    options: TrainOptions, manifest: Manifest, loss: float, precision: str
+) -> Evaluation:
+    """The record of a loss (nats per token) over all rows of `--val_path`, however it came about.
+
+    It is that of an `Evaluator` whose windows are the rows.
+    """
+    context, n_tokens = manifest.seq_len, manifest.n_rows * manifest.seq_len
+    measures, details = text_measures(loss * n_tokens, n_tokens, text_totals(manifest))
+    return Evaluation(
+        set=" ".join(options.data.val_path), sha256=manifest_fingerprint(manifest), text=AS_IT_IS,
+        n_eval_examples=None, measures=tuple(measures), details=details,
+        **_facts(options, context, context, precision),
+    )  # fmt: skip
+
+
+def _facts(options: TrainOptions, context: int, stride: int, precision: str) -> dict[str, Any]:
+    """What all evaluations of one command share."""
+    folder = source_folder(options.model) or Path(str(options.model.checkpoint))
+    return {
+        "checkpoint": folder.resolve().name, "context": context, "stride": stride,
+        "precision": precision,
+    }  # fmt: skip
 
 
 def _is_paradigm(group: str) -> bool:
@@ -443,7 +467,9 @@ class ResultFiles:
         self.evaluations[evaluation.key()] = evaluation
 
     def add(self, evaluation: Evaluation) -> None:
-        """Write both files with one more evaluation."""
+        """Write both files with one more evaluation (process 0)."""
+        if not is_main_process():
+            return
         self._add(evaluation)
         json_content, markdown_content = self._texts()
         write_text(self.json_path, json_content)
@@ -462,8 +488,12 @@ def evaluate_all(
     evaluations = []
     for one in sets:
         evaluations.append(evaluator.evaluate(one))
-        if is_main_process():
-            results.add(evaluations[-1])
+        results.add(evaluations[-1])
+    publish(evaluations, results, options)
+
+
+def publish(evaluations: Sequence[Evaluation], results: ResultFiles, options: TrainOptions) -> None:
+    """Print evaluations that are kept as one table; carry them on to the card, W&B, the hub."""
     log(result_table(evaluations))
     log(f"written to {results.json_path} and {results.markdown_path.name}")
     if folder := source_folder(options.model):

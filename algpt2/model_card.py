@@ -48,6 +48,7 @@ VAL_METRICS = {
 def complete_checkpoint(folder: Path, save_dir: Path, step: int) -> None:
     """Add to a checkpoint that is being written what its readers elsewhere need."""
     add_model_code(folder)
+    limit_tokenizer(folder)
     try_card(folder, save_dir, step)
 
 
@@ -63,12 +64,29 @@ def try_card(folder: Path, save_dir: Path, step: int) -> None:
 def add_model_code(folder: Path) -> None:
     """Put the model's two files beside the weights of an ALGPT2, and `auto_map` in config.json."""
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = _read_object(path)
     if config.get("model_type") != "algpt2":
         return
     for name in MODEL_FILES:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     write_json(path, dict(sorted((config | {"auto_map": AUTO_MAP}).items())))
+
+
+def limit_tokenizer(folder: Path) -> None:
+    """Have the tokenizer beside a GPT-2 or ALGPT2 truncate, and warn, where its positions end."""
+    path = folder / "tokenizer_config.json"
+    model, own = _read_object(folder / "config.json"), _read_object(path)
+    if own and "n_positions" in model:
+        write_json(path, own | {"model_max_length": model["n_positions"]})
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one if there is none or it is damaged (the tokenizer is others')."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 # --- the card ------------------------------------------------------------------------------------
@@ -112,8 +130,12 @@ def publish_evaluation(folder: Path, report: ReportOptions) -> None:
     save_dir = folder.parent
     update_card(folder)
     if folder in checkpoint_folders(save_dir) and (save_dir / RUN_FILE).is_file():
-        measures = evaluation_measures(save_dir / EVALUATION_FILE, folder.name)
-        send_table(save_dir, report, "evaluation", MEASURE_COLUMNS, measures)
+        rows = [
+            [folder.name, text, measure, float(value), unit] for text, measure, value, unit
+            in evaluation_measures(save_dir / EVALUATION_FILE, folder.name)
+        ]  # fmt: skip
+        step = int(folder.name.rpartition("-")[2])
+        send_table(save_dir, report, "evaluation", ["checkpoint", *MEASURE_COLUMNS], rows, step)
     push_to_hub(folder, report.push_to_hub)
 
 
@@ -163,7 +185,7 @@ def card_text(name: str, run: dict[str, Any], step: int, measures: list[list[str
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("FOLDER_OR_NAME"{code})\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_NAME")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_NAME"{code})\n'
         'pipeline("text-generation", model=model, tokenizer=tokenizer)("The")\n```',
         f"## Training\n\n{markdown_table(['', ''], training_facts(run, step))}",
     ]  # fmt: skip

@@ -27,7 +27,7 @@ from transformers.modeling_utils import (
     slice_logits_to_keep,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, can_return_tuple
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_algpt2 import MASK_BUFFERS, UNINDEXED, ALGPT2Config
@@ -36,6 +36,8 @@ from .configuration_algpt2 import MASK_BUFFERS, UNINDEXED, ALGPT2Config
 # and 50k. Elsewhere the products must be large enough to fill the device (not tuned).
 LOSS_ROWS_CPU = 256
 LOSS_ROWS = 2048
+
+logger = logging.get_logger(__name__)
 
 
 def eager_attention(
@@ -183,6 +185,9 @@ class ALGPT2PreTrainedModel(PreTrainedModel):
 class ALGPT2Model(ALGPT2PreTrainedModel):
     """Token ids to hidden states after the last layer norm, (B, T) -> (B, T, C)."""
 
+    # The head, in the weight file of a language model.
+    _keys_to_ignore_on_load_unexpected = [MASK_BUFFERS, r"^dense\.", r"^lm_head\."]  # noqa: RUF012
+
     def __init__(self, config: ALGPT2Config) -> None:
         super().__init__(config)
         config.check()
@@ -281,7 +286,6 @@ class ALGPT2LMHeadModel(ALGPT2PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
@@ -291,13 +295,16 @@ class ALGPT2LMHeadModel(ALGPT2PreTrainedModel, GenerationMixin):
 
         Args:
             labels: ids (B, T), shifted here, so `labels=input_ids` will do; -100 is not counted.
-            shift_labels: ids (B, T) of the next tokens, already shifted.
             logits_to_keep: logits of the last so many positions; 0: of all.
             skip_logits: with `shift_labels` (every one counted), compute the loss in pieces
                 without holding the logits, which the output then has as None.
+            shift_labels: (in kwargs) ids (B, T) of the next tokens, already shifted.
         Raises:
             ValueError: `skip_logits` without `shift_labels`.
         """
+        # Trainer takes arguments with "label" in their name for what every batch has, and without
+        # one of them computes no eval_loss: so this one has no name here.
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.transformer(
             input_ids,
             past_key_values=past_key_values,
@@ -330,6 +337,14 @@ class ALGPT2LMHeadModel(ALGPT2PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _prepare_generated_length(self, generation_config: Any, **kwargs: Any) -> Any:
+        """`generate` stops where the positions end: a pipeline wants 256 new tokens by default."""
+        generation_config = super()._prepare_generated_length(generation_config, **kwargs)
+        if generation_config.max_length > self.config.n_positions:
+            logger.warning_once(f"texts end at the model's {self.config.n_positions} positions")
+            generation_config.max_length = self.config.n_positions
+        return generation_config
 
 
 def head_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

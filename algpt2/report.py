@@ -233,7 +233,7 @@ class RunReport:
 
 
 def send_table(
-    save_dir: Path, report: Any, name: str, columns: list[str], rows: list[list[str]]
+    save_dir: Path, report: Any, name: str, columns: list[str], rows: list[list[Any]], step: int
 ) -> None:
     """A table for the W&B run of an earlier start in `save_dir`; nothing where W&B is off."""
     if not rows or not is_main_process():
@@ -243,7 +243,12 @@ def send_table(
     if tracker is None:
         return
     failure = f"warning: W&B failed ({{}}); {_braced(save_dir)} has the table"
-    tracker.send(lambda wandb_run: wandb_run.log({name: _wandb_table(columns, rows)}), failure)
+
+    def send(wandb_run: Any) -> None:  # W&B drops what is of a step before its last
+        values = {name: _wandb_table(columns, rows)}
+        wandb_run.log(values, step=max(step, wandb_run.step))
+
+    tracker.send(send, failure)
     tracker.finish(FINISH_S)
 
 

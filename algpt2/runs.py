@@ -19,7 +19,7 @@ from . import mirror, model_card
 from .checkpoints import checkpoint_folders, find_checkpoint, find_config_folder
 from .corpus import cache_dir, describe_sources
 from .errors import EXIT_STOPPED, UserError, describe
-from .evaluation import TextTotals, table, text_metrics
+from .evaluation import TextTotals, table
 from .options import DEFAULT_TOKENIZER, DataOptions, ModelOptions, OptimOptions, TrainOptions
 from .packing import pack
 from .remote import local_folder
@@ -470,18 +470,3 @@ def result_folder(model: ModelOptions) -> Path:
     if folder is None:
         return Path()
     return folder.parent if folder in checkpoint_folders(folder.parent) else folder
-
-
-def metrics_table(name: str, loss: float, totals: TextTotals) -> str:
-    """One line of what a checkpoint scores on a text, for people.
-
-    Args:
-        loss: nats per token.
-    """
-    metrics = text_metrics(loss, totals)
-    heading = ["", "loss (nats/token)", "ppl", "word ppl", "bits/byte"]
-    numbers = [
-        f"{metrics['val_loss']:.4f}", f"{metrics['val_ppl']:.2f}",
-        f"{metrics['val_word_ppl']:.2f}", f"{metrics['val_bpb']:.4f}",
-    ]  # fmt: skip
-    return table([heading, [name, *numbers]])

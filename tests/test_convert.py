@@ -97,7 +97,7 @@ def test_the_export_has_the_tokenizer_and_what_generate_needs(save, tokenizer_fo
     )
     # transformers 4 cannot read a list under this key, not even an empty one.
     config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert "extra_special_tokens" not in config
+    assert "extra_special_tokens" not in config and config["model_max_length"] == 24
     modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
     assert len(modes) == 1
 

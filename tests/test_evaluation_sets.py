@@ -43,8 +43,8 @@ PAIR = {
     "sentence_good": "The block is small.", "sentence_bad": "The block are small.", "UID": "number",
     "linguistics_term": "agreement", "field": "syntax/semantics",
 }  # fmt: skip
-# Words as the literature divides by: those between white space, and one for each line end. Those
-# of the real files are checked where ALGPT2_BENCH names a folder that has them.
+# Words as the literature divides by: those between white space, and one for each line end. The real
+# files are tests of their own (pytest -v names them) where data/bench, or ALGPT2_BENCH, has them.
 COUNTS = {
     "wiki/wiki.mini.raw": 20 + 6, "ptb/ptb.test.txt": 10 + 2, "plain.txt": 8 + 1,
     "two.parquet": 5 + 1, "lambada/lambada_test.jsonl": 2,
@@ -54,6 +54,9 @@ REAL_COUNTS = {
     "wiki.test.tokens": 245_569, "ptb.valid.txt": 73_760, "ptb.test.txt": 82_430,
     "lambada_test.jsonl": 5_153, "lambada_openai.jsonl": 5_153,
 }  # fmt: skip
+BENCH = Path(os.environ.get("ALGPT2_BENCH", Path(train_pt.__file__).parent / "data" / "bench"))
+REAL_FILES = sorted(path for path in BENCH.rglob("*") if path.name in REAL_COUNTS)
+assert REAL_FILES or "ALGPT2_BENCH" not in os.environ, f"{BENCH} has none of {[*REAL_COUNTS]}"
 
 
 @pytest.fixture(scope="session")
@@ -151,17 +154,13 @@ def test_the_flag_offers_every_detokenizer():
 # --- counting and scoring ------------------------------------------------------------------------
 
 
-def test_words_are_the_usual_ones(bench, tokenizer_folder):
-    expected = {bench.joinpath(*name.split("/")): count for name, count in COUNTS.items()}
-    if folder := os.environ.get("ALGPT2_BENCH"):
-        real = [path for path in Path(folder).rglob("*") if path.name in REAL_COUNTS]
-        assert real
-        expected |= {path: REAL_COUNTS[path.name] for path in real}
-    evaluator = uniform_evaluator(load_tokenizer(str(tokenizer_folder)))
-    for path, count in expected.items():
-        (one,) = find_sets([str(path)])
-        details = evaluator.evaluate(one).details
-        assert (path, details.get("words") or details["passages"]) == (path, count)
+@pytest.mark.parametrize("name", [*COUNTS, *map(str, REAL_FILES)])
+def test_words_are_the_usual_ones(bench, tokenizer_folder, name):
+    path = bench / name  # `/` keeps an absolute path as it is
+    (one,) = find_sets([str(path)])
+    details = uniform_evaluator(load_tokenizer(str(tokenizer_folder))).evaluate(one).details
+    expected = COUNTS.get(name) or REAL_COUNTS[path.name]
+    assert details.get("words", details.get("passages")) == expected
 
 
 @pytest.mark.parametrize("detokenizer", [None, "auto"])

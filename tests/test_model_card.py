@@ -48,20 +48,26 @@ def run(module_run):
 ELSEWHERE = """
 import importlib.util, json, sys, torch
 assert importlib.util.find_spec("algpt2") is None
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 folder = sys.argv[1]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+code = open(f"{folder}/README.md").read().split("```python\\n")[1].split("```")[0]
+exec(code.replace("FOLDER_OR_NAME", folder))  # the card's own lines: model, tokenizer
+from transformers import AutoModel, Trainer, TrainingArguments
+AutoModel.from_pretrained(folder, trust_remote_code=True)
 text = pipeline("text-generation", model=model, tokenizer=tokenizer)(
     "the model", max_new_tokens=5, do_sample=False)[0]["generated_text"]
 ids = tokenizer("the model", return_tensors="pt").input_ids
 logits = model(ids).logits[0, -1].tolist()
 arguments = TrainingArguments("trained", max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
-Trainer(model, arguments, train_dataset=[{"input_ids": ids[0], "labels": ids[0]}] * 8).train()
+rows = [{"input_ids": ids[0], "labels": ids[0]}] * 8
+trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+trainer.train()
+loss = trainer.evaluate()["eval_loss"]
 model.save_pretrained("again")
 again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
 moved = max(float((a - b).abs().max()) for a, b in zip(model.parameters(), again.parameters()))
-print(json.dumps([text, logits, moved, type(model).__module__]))
+with torch.no_grad():
+    expected = again(ids, labels=ids).loss.item()
+print(json.dumps([text, logits, moved, type(model).__module__, loss, expected]))
 """
 
 
@@ -71,18 +77,24 @@ def test_a_checkpoint_loads_generates_and_trains_without_this_project(run, tmp_p
     process = subprocess.run(
         [sys.executable, "-I", "-c", ELSEWHERE, str(folder)], cwd=tmp_path, check=False,
         env=environment | {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True,
+        capture_output=True, text=True, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    text, logits, moved, module = json.loads(process.stdout.splitlines()[-1])
+    # Nothing to answer (run the code? [y/N]), nothing that looks as if weights were missing.
+    assert "[y/N]" not in process.stdout and "UNEXPECTED" not in process.stderr
+    *facts, loss, expected = json.loads(process.stdout.splitlines()[-1])
+    assert loss == pytest.approx(expected, rel=1e-4)
+    text, logits, moved, module = facts
     assert text.startswith("the model") and len(text) > len("the model")
     assert module.startswith("transformers_modules.") and moved == 0
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(folder)("the model", return_tensors="pt").input_ids
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("the model", return_tensors="pt").input_ids
     here = AutoModelForCausalLM.from_pretrained(folder)
     assert type(here).__module__ == "algpt2.modeling_algpt2"
+    assert tokenizer.model_max_length == here.config.n_positions
     with torch.no_grad():
         assert here(ids).logits[0, -1].tolist() == pytest.approx(logits, rel=1e-5, abs=1e-6)
 
@@ -117,7 +129,9 @@ def test_an_evaluation_gets_into_the_card_and_damages_nothing(run, monkeypatch):
     monkeypatch.setattr(model_card, "send_table", lambda *args: sent.append(args))
     model_card.publish_evaluation(folder, ReportOptions())
     cells = ["ptb.test, as it is, context 32", "ppl, words", "35.1250", "per word (82,430 words)"]
-    assert sent == [(run, ReportOptions(), "evaluation", model_card.MEASURE_COLUMNS, [cells])]
+    columns = ["checkpoint", *model_card.MEASURE_COLUMNS]
+    row = [folder.name, *cells[:2], 35.125, cells[3]]
+    assert sent == [(run, ReportOptions(), "evaluation", columns, [row], 2)]
     after = (folder / "README.md").read_text()
     assert after == f"{before}| {' | '.join(cells)} |\n"
     path.unlink()

@@ -19,7 +19,7 @@ class FakeWandb(types.ModuleType):
 
     def __init__(self, broken=()):
         super().__init__("wandb")
-        self.calls, self.broken = [], broken
+        self.calls, self.broken, self.step = [], broken, 0
         self.Settings = lambda **kwargs: kwargs
         self.Table = lambda columns, data: (columns, data)
         self.Artifact = FakeArtifact
@@ -138,17 +138,21 @@ def test_the_real_wandb_stages_an_artifact_offline(tmp_path, checkpoint, monkeyp
 def test_a_table_goes_to_the_run_of_the_folder(fake, tmp_path, capsys):
     module = fake()
     (tmp_path / "run.json").write_text(json.dumps(RUN))
-    table = ("evaluation", ["text", "value"], [["ptb", "35.1"]])
+    table = ("evaluation", ["text", "value"], [["ptb", 35.1]], 40)
     report.send_table(tmp_path, ReportOptions(wandb="offline"), *table)
     (_, settings), (_, logged), _ = module.calls
     assert settings["id"] == "abc"
-    assert logged == (None, {"evaluation": (["text", "value"], [["ptb", "35.1"]])})
+    assert logged == (40, {"evaluation": (["text", "value"], [["ptb", 35.1]])})
+    module = fake()
+    module.step = 41  # of an online run that goes on: W&B takes nothing of an earlier step
+    report.send_table(tmp_path, ReportOptions(wandb="offline"), *table)
+    assert module.calls[1][1][0] == 41
     fake(["log"])
     report.send_table(tmp_path, ReportOptions(wandb="offline"), *table)
     assert "W&B failed (log failed)" in capsys.readouterr().out
     module = fake()
     report.send_table(tmp_path, ReportOptions(wandb="off"), *table)
-    report.send_table(tmp_path, ReportOptions(wandb="offline"), "evaluation", ["text"], [])
+    report.send_table(tmp_path, ReportOptions(wandb="offline"), "evaluation", ["text"], [], 1)
     assert module.calls == []
 
 

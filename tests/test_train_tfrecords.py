@@ -16,6 +16,7 @@ import pytest
 import tensorflow as tf
 
 import make_tfrecords
+import train_tf
 import train_tfrecords
 from algpt2 import tpu
 from algpt2.errors import EXIT_STOPPED, UserError
@@ -271,8 +272,21 @@ def test_a_run_continues_exactly_and_is_evaluated(flags, packed, tmp_path, capsy
     train_tfrecords.main([*arguments, "--eval_only"])
     names = ("val_loss", "val_ppl", "val_word_ppl", "val_bpb")
     loss, ppl, word_ppl, bits = metrics(tmp_path / "straight", *names)[-1]
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("straight ")]
-    assert line.split()[1:] == [f"{loss:.4f}", f"{ppl:.2f}", f"{word_ppl:.2f}", f"{bits:.4f}"]
+    (record,) = json.loads((tmp_path / "straight" / "evaluation.json").read_text())["evaluations"]
+    values = {measure["name"]: measure["value"] for measure in record["measures"]}
+    expected = {"loss": loss, "ppl": ppl, "word ppl": word_ppl, "bits per byte": bits}
+    assert values == pytest.approx(expected, rel=1e-6)
+    table = capsys.readouterr().out
+    assert record["checkpoint"] == "checkpoint-00000006"
+    assert f"{loss:.4f}  nats/token  " in table and " words, line ends counted" in table
+    # The record is the one that train_tf.py gives, and a second evaluation replaces it.
+    train_tf.main([
+        "--eval_only", f"--checkpoint={tmp_path / 'straight'}", f"--val_path={packed / 'val'}",
+        "--device=cpu", f"--tokenizer={packed / 'tokenizer'}",
+    ])  # fmt: skip
+    (again,) = json.loads((tmp_path / "straight" / "evaluation.json").read_text())["evaluations"]
+    assert again["details"] == pytest.approx(record["details"], rel=1e-6)
+    assert [m["over"] for m in again["measures"]] == [m["over"] for m in record["measures"]]
 
 
 def test_the_command_of_the_project(packed, tmp_path):
