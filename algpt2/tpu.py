@@ -48,8 +48,8 @@ def build_strategy(tpu: str | None, n_devices: int | None = None) -> "tf.distrib
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"--tpu {tpu} cannot be initialized ({describe(error)[:200]}): run this on a TPU host "
-            "with the TensorFlow of the TPU's image, or use --tpu none"
+            f"--tpu {tpu} cannot be initialized ({describe(error)[:160]}): run this on a TPU host "
+            "with the TensorFlow of its image (pip's has no TPU part), or use --tpu none"
         ) from error
     return tf.distribute.TPUStrategy(resolver)
 
