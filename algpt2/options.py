@@ -7,6 +7,7 @@ is not here is nowhere. No framework is imported, so that `--help` answers at on
 import contextlib
 import io
 import itertools
+import re
 import reprlib
 import time
 from collections.abc import Sequence
@@ -63,7 +64,8 @@ def _first_sentence(box: str) -> str:
     lines = [line.strip(" │|") for line in box.splitlines()[1:]]
     after_title = itertools.dropwhile(_is_rule, lines)
     message = " ".join(itertools.takewhile(lambda line: not _is_rule(line), after_title))
-    return f"{message.removeprefix('Error parsing ').rstrip('.')}. The flags: --help"
+    message = re.sub(r"^Error parsing (\w+Options: )?", "", message)
+    return f"{message.rstrip('.')}. The flags: --help"
 
 
 def _is_rule(line: str) -> bool:
