@@ -14,7 +14,6 @@ Repeat a command (on every worker) and the run continues where it stopped; a fin
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from algpt2.errors import run_script
 from algpt2.options import TFRecordOptions, parse

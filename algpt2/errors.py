@@ -39,6 +39,8 @@ def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
         signal.signal(number, _leave)
     for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
         stream.reconfigure(errors="backslashreplace")
+    if "--debug" not in sys.argv:  # TensorFlow's C++ talks of what is no error of anyone's
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         code = main(None) or 0
     except PeerGoneError as error:

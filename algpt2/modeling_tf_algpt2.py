@@ -30,6 +30,8 @@ WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # Rows of float32 logits that the loss holds at a time; as in modeling_algpt2.py.
 LOSS_ROWS_CPU = 256
 LOSS_ROWS = 2048
+# Pieces stand in the graph one by one: of 512 rows of 1,024 tokens, 2,048 took minutes to trace.
+MAX_PIECES = 128
 
 # XLA makes one pass of chains of element-wise operations, which TensorFlow runs one by one: on CPU
 # GELU with its gradient takes a fifth of the time. Matrix products stay outside: XLA's are slower.
@@ -555,7 +557,7 @@ def head_cross_entropy(
     Args:
         hidden: (..., E); weight: (V, E); labels: (...) ids.
         weights: (...) of each position in a sum; None: 1 / N, the mean.
-        rows: of logits at a time.
+        rows: of logits at a time (more where MAX_PIECES of them would not do).
     """
     hidden = tf.reshape(hidden, [-1, hidden.shape[-1]])
     labels = tf.cast(tf.reshape(labels, [-1]), tf.int32)
@@ -567,9 +569,12 @@ def head_cross_entropy(
     @tf.custom_gradient
     def apply(hidden: tf.Tensor, weight: tf.Tensor) -> tuple[tf.Tensor, Callable]:
         loss, d_hidden, d_weight = tf.zeros([]), [], tf.zeros_like(weight, tf.float32)
-        starts = range(0, n_rows, rows) if isinstance(n_rows, int) else [0]
+        starts, size = [0], None
+        if isinstance(n_rows, int):
+            size = max(rows, math.ceil(n_rows / MAX_PIECES))
+            starts = range(0, n_rows, size)
         for start in starts:
-            piece = slice(start, start + rows if len(starts) > 1 else None)
+            piece = slice(start, start + size if size else None)
             with tf.control_dependencies([d_weight]):  # one piece after the other
                 x = tf.identity(hidden[piece])
             logits = tf.matmul(x, weight, transpose_b=True)

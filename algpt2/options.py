@@ -7,6 +7,7 @@ is not here is nowhere. No framework is imported, so that `--help` answers at on
 import contextlib
 import io
 import itertools
+import re
 import reprlib
 import time
 from collections.abc import Sequence
@@ -63,7 +64,8 @@ def _first_sentence(box: str) -> str:
     lines = [line.strip(" │|") for line in box.splitlines()[1:]]
     after_title = itertools.dropwhile(_is_rule, lines)
     message = " ".join(itertools.takewhile(lambda line: not _is_rule(line), after_title))
-    return f"{message.removeprefix('Error parsing ').rstrip('.')}. The flags: --help"
+    message = re.sub(r"^Error parsing (\w+Options: )?", "", message)
+    return f"{message.rstrip('.')}. The flags: --help"
 
 
 def _is_rule(line: str) -> bool:
@@ -331,7 +333,7 @@ class TFTrainOptions(TrainOptions):
     device: str = "auto"  # auto, cpu, gpu
     n_devices: int | None = None  # GPUs to train on; or so many logical devices of the CPU
     steps_per_call: int = 1  # optimizer steps between two returns to Python
-    compile: bool = False  # XLA for the whole step: faster on GPUs, slower on CPUs
+    compile: bool = False  # XLA for loss and gradients: faster on GPUs, slower on CPUs
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -358,10 +360,10 @@ class TFRecordOptions:
     config_path: str | None = None  # config name or folder
     checkpoint: str | None = None  # weights to start from: a run, a checkpoint, or hub name
     tokenizer: str | None = None  # kept with the checkpoints; default: the packaged one if it fits
-    optimizer: Literal["AdamW", "Adafactor", "Muon", "SGD"] = "Adafactor"
+    optimizer: Literal["AdamW", "Adafactor", "Muon", "SGD"] = "Adafactor"  # AdamW is better
     lr: float = 1e-4  # peak learning rate
     warmup_steps: int = 10_000  # optimizer steps of linear warm-up
-    lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"  # after the warm-up
     disable_lr_schedule: bool = False  # lr from the first step to the last
     momentum: float = 0.9  # Adafactor's first moment (0: none), Muon's and SGD's
     relative_update_scale: bool = False  # Adafactor: the rate is relative to each weight's RMS
@@ -393,7 +395,7 @@ class TFRecordOptions:
     tags: tuple[str, ...] = ()  # W&B tags
     seed: int = 42  # of weights, data order and dropout
     eval_only: bool = False  # evaluate --checkpoint on --val_path and stop
-    dry_run: str | None = None  # compile the step for a TPU slice (v3-128) without it, and stop
+    dry_run: str | None = None  # compile the step for this TPU slice (v3-128) here, and stop
     find_batch: bool = False  # with dry_run: the largest batch that fits
     overwrite: bool = False  # remove the run in save_dir and start anew
     debug: bool = False  # a traceback with every error

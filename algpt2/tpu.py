@@ -1,6 +1,8 @@
 """Where TensorFlow trains: this machine, several workers, one TPU host, or a pod."""
 
 import os
+import socket
+import time
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, describe
@@ -9,7 +11,10 @@ from .report import log
 if TYPE_CHECKING:
     import tensorflow as tf
 
-HEALTHY_SECONDS = 600  # a pod that is being created needs minutes
+HEALTHY_SECONDS, POLL_SECONDS = 600, 10  # a pod that is being created needs minutes
+CONNECT_SECONDS = 20
+# States that nothing but a person ends; the others (CREATING, REPAIRING ...) pass.
+LOST_STATES = ("PREEMPTED", "TERMINATED", "DELETING", "STOPPED", "STOPPING", "HIDDEN", "HIDING")
 
 
 def build_strategy(tpu: str | None, n_devices: int | None = None) -> "tf.distribute.Strategy":
@@ -36,32 +41,66 @@ def build_strategy(tpu: str | None, n_devices: int | None = None) -> "tf.distrib
     try:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=tpu)
         if tpu != "local":
+            check_addresses(tpu, resolver.cluster_spec().as_dict().get("worker", []))
             tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
     except (tf.errors.OpError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
-            f"--tpu {tpu} cannot be initialized ({describe(error)}): run this on a TPU host with "
-            "the TensorFlow of the TPU's image, or use --tpu none"
+            f"--tpu {tpu} cannot be initialized ({describe(error)[:160]}): run this on a TPU host "
+            "with the TensorFlow of its image (pip's has no TPU part), or use --tpu none"
         ) from error
     return tf.distribute.TPUStrategy(resolver)
 
 
-def wait_until_healthy(name: str, timeout_s: int = HEALTHY_SECONDS) -> None:
+def wait_until_healthy(name: str) -> None:
     """Return when the TPU API says that the pod is ready and healthy.
 
     Raises:
-        UserError: the API cannot be reached, does not know it, or it stays unhealthy.
+        UserError: the API cannot be reached or does not know it; the pod is lost, or not healthy
+            after HEALTHY_SECONDS.
     """
-    client = _tpu_client(name)
-    try:
-        log(f"waiting for TPU {name} to be healthy (at most {timeout_s / 60:.0f} minutes)")
-        client.wait_for_healthy(timeout_s=timeout_s, interval=10)
-    except Exception as error:  # whatever Google's client raises, it is the same to the user
-        raise UserError(
-            f"--tpu {name} cannot be reached ({describe(error)[:200]}): expected the name of a "
-            "running TPU in this project and zone; see `gcloud compute tpus tpu-vm list`, or use "
-            "--tpu local or --tpu none"
-        ) from error
+    client, end_s, seen = _tpu_client(name), time.monotonic() + HEALTHY_SECONDS, None
+    while True:
+        try:
+            state, health = client.state(), client.health()
+        except Exception as error:  # whatever Google's client raises, it is the same to the user
+            raise UserError(
+                f"--tpu {name} is not to be found (... {describe(error)[-160:]}): expected a TPU "
+                "of this project and zone, see `gcloud compute tpus tpu-vm list`; or use --tpu "
+                "local or --tpu none"
+            ) from error
+        if state == "READY" and health in ("HEALTHY", None):
+            return
+        status = f"{state}, health {health}" if health else str(state)
+        if state in LOST_STATES:
+            raise UserError(
+                f"--tpu {name} is {status} and will not come back by itself: make it anew "
+                "(gcloud compute tpus tpu-vm delete, then create) and run the same command"
+            )
+        if time.monotonic() > end_s:
+            raise UserError(
+                f"--tpu {name} is still {status} after {HEALTHY_SECONDS / 60:.0f} minutes: "
+                "expected READY; run the same command again when it is, or make the TPU anew"
+            )
+        if status != seen:
+            log(f"TPU {name} is {status}: waiting for READY")
+        seen = status
+        time.sleep(POLL_SECONDS)
+
+
+def check_addresses(name: str, addresses: list[str]) -> None:
+    """`UserError` unless each "host:port" answers: TensorFlow would wait for it without end."""
+    for address in addresses:
+        host, _, port = address.removeprefix("grpc://").rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        except OSError as error:
+            raise UserError(
+                f"--tpu {name}: its worker {address} does not answer ({describe(error)}): run this "
+                "on worker 0 of the TPU, in its network"
+            ) from error
 
 
 def _tpu_client(name: str) -> Any:

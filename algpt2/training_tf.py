@@ -41,12 +41,19 @@ from .loop import (
     step_lr_factor,
 )
 from .mirror import checkpoint_here, copy_or_warn
-from .modeling_tf_algpt2 import TFALGPT2LMHeadModel
+from .modeling_tf_algpt2 import LOSS_ROWS_CPU, TFALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TFTrainOptions
 from .parallel import keep_freed_memory
 from .remote import local_folder
 from .report import RunReport, log, process_index
-from .runs import check_memory, check_model_fits, peak_lr, source_folder, text_totals
+from .runs import (
+    check_memory,
+    check_model_fits,
+    memory_bytes,
+    peak_lr,
+    source_folder,
+    text_totals,
+)
 from .sampling_tf import sample_texts
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer
@@ -597,11 +604,36 @@ def build_trainer(
         source = replace(source, checkpoint=str(checkpoint.folder), from_scratch=False)
     with processes.strategy.scope():
         model = build_model(source, tokenizer, inputs.seq_len, processes.dtype, options.optim.seed)
+        check_pass_fits(model, options, inputs.seq_len, processes)
         optimizer = build_optimizer(model, options.optim, peak_lr(options.optim, options.model))
     trainer = Trainer(model, optimizer, options, processes, inputs, n_steps)
     if checkpoint:
         load_state(trainer, checkpoint)
     return trainer
+
+
+def check_pass_fits(
+    model: TFALGPT2LMHeadModel, options: TFTrainOptions, seq_len: int, processes: Processes
+) -> None:
+    """`UserError` if the attention weights of one forward pass are more than the memory here.
+
+    On CPUs only, where the kernel would kill the process; an accelerator's library says it itself.
+    """
+    if model.loss_rows != LOSS_ROWS_CPU:
+        return
+    config, batch_size = model.config, options.optim.batch_size
+    n_held = 1 if options.model.gradient_checkpointing else config.n_layer
+    item_bytes = 4 if processes.dtype == "float32" else 2
+    row_bytes = n_held * config.n_head * seq_len**2 * item_bytes
+    n_bytes, memory = batch_size // processes.count * row_bytes, memory_bytes()
+    if n_bytes > memory:
+        most = max(1, memory // row_bytes * processes.count // 2)  # half: there is more to hold
+        rows = next(n for n in range(most, 0, -1) if batch_size % n == 0)
+        raise UserError(
+            f"--batch_size {batch_size}: a forward pass holds {n_bytes / 1e9:,.0f} GB of attention "
+            f"weights, this machine {memory / 1e9:,.0f} GB of memory; the same steps in parts: "
+            f"--batch_size {rows} --grad_steps {options.optim.grad_steps * batch_size // rows}"
+        )
 
 
 def train_step(trainer: Trainer) -> tuple[float, float]:

@@ -72,7 +72,7 @@ def test_a_wrong_slice_name_is_a_user_error(name):
         (["--dry_run=v9-8"], r"--dry_run v9-8: expected a TPU slice.*v2, v3, v4, v5e, v5p, v6e"),
         (["--dry_run=v3-128", "--batch_size=500"], "--batch_size 500.*multiple of the 128 of v3"),
         (["--dry_run=v3-128", "--batch_size=512"], "needs libtpu.*requirements-tpu.txt"),
-        (["--find_batch"], "--find_batch needs --dry_run SLICE"),
+        (["--find_batch"], "^--find_batch needs --dry_run SLICE"),
     ],
 )
 def test_what_is_wrong_is_said_at_once(monkeypatch, flags, message):

@@ -188,6 +188,21 @@ def test_the_loss_in_pieces_is_the_loss_also_weighted_and_scaled(rows):
         assert_close(tape.gradient(found, variable), tape.gradient(expected, variable))
 
 
+def test_a_loss_of_many_rows_is_of_no_more_pieces(monkeypatch):
+    hidden, weight = tf.random.stateless_normal((40, 8), (0, 1)), tf.ones((11, 8))
+    labels, sizes, piece_loss = np.arange(40) % 11, [], modeling_tf_algpt2._piece_loss
+
+    def counted(logits, *rest):
+        sizes.append(logits.shape[0])
+        return piece_loss(logits, *rest)
+
+    monkeypatch.setattr(modeling_tf_algpt2, "_piece_loss", counted)
+    many = head_cross_entropy(hidden, weight, labels, None, 3)
+    monkeypatch.setattr(modeling_tf_algpt2, "MAX_PIECES", 3)
+    assert_close(head_cross_entropy(hidden, weight, labels, None, 3), many)
+    assert sizes == [3] * 13 + [1] + [14, 14, 12]
+
+
 def test_the_gradients_written_by_hand_are_those_of_tensorflow():
     x = tf.constant(np.linspace(-6, 6, 60).reshape(3, 20), tf.float32)
     weight, bias = tf.linspace(0.5, 2.0, 20), tf.linspace(-1.0, 1.0, 20)

@@ -210,26 +210,53 @@ def test_a_corrupt_record_is_named_with_shard_and_row(packed, flags, tmp_path, p
 # --- where it trains -----------------------------------------------------------------------------
 
 
+STATES = {
+    "slow": [("CREATING", None), ("CREATING", None), ("READY", "HEALTHY")],
+    "mine": [("READY", "HEALTHY")],
+    "broken": [("REPAIRING", "UNHEALTHY_TENSORFLOW")],
+    "gone": [("PREEMPTED", None)],
+    "other": [],
+}
+
+
 class Client:
-    """Google's client of a pod that becomes healthy, or does not, or is not there."""
+    """Google's client of a pod that goes through `STATES[name]`, or is not there."""
 
     def __init__(self, name):
         if name == "nowhere":
             raise ConnectionError("metadata.google.internal: Name or service not known")
-        self.name = name
+        self.states = [*STATES[name]]
 
-    def wait_for_healthy(self, timeout_s, interval):
-        assert timeout_s == tpu.HEALTHY_SECONDS
-        if self.name == "broken":
-            raise RuntimeError(f'Timed out waiting for TPU "{self.name}" to become healthy')
+    def state(self):
+        if not self.states:
+            raise ValueError("Resource 'nodes/other' was not found")
+        return self.states[0][0]
+
+    def health(self):
+        return (self.states.pop(0) if len(self.states) > 1 else self.states[0])[1]
+
+
+class Resolver:
+    """TensorFlow's, of a pod whose only worker has an address where nobody listens."""
+
+    def __init__(self, tpu):
+        if tpu == "local":
+            raise ValueError("no TPU devices")
+
+    def cluster_spec(self):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            return tf.train.ClusterSpec({"worker": [f"localhost:{free.getsockname()[1]}"]})
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("nowhere", "Cloud TPU API is not available.*Name or service not known.*--tpu none"),
-        ("broken", "cannot be reached.*Timed out.*gcloud compute tpus tpu-vm list"),
-        ("mine", "--tpu mine cannot be initialized.*TPU host"),
+        ("other", "not to be found.*'nodes/other' was not found.*gcloud compute tpus tpu-vm list"),
+        ("broken", "still REPAIRING, health UNHEALTHY_TENSORFLOW after 0 minutes"),
+        ("gone", "PREEMPTED and will not come back.*make it anew"),
+        ("mine", r"worker localhost:\d+ does not answer \(Connection refused\)"),
         ("local", "--tpu local cannot be initialized.*TPU host"),
     ],
 )
@@ -237,15 +264,20 @@ def test_a_tpu_that_cannot_be_used_is_one_sentence(monkeypatch, flags, name, mes
     import cloud_tpu_client
 
     monkeypatch.setattr(cloud_tpu_client, "Client", Client)
-    monkeypatch.setattr(
-        tf.distribute.cluster_resolver, "TPUClusterResolver", lambda tpu: no_tpu(tpu)
-    )
+    monkeypatch.setattr(tpu, "HEALTHY_SECONDS", 0.02)
+    monkeypatch.setattr(tpu, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(tf.distribute.cluster_resolver, "TPUClusterResolver", Resolver)
     with pytest.raises(UserError, match=message):
         train_tfrecords.main(flags(tpu=name))
 
 
-def no_tpu(tpu):
-    raise ValueError("no TPU devices")
+def test_a_pod_that_is_being_made_is_waited_for(monkeypatch, capsys):
+    import cloud_tpu_client
+
+    monkeypatch.setattr(cloud_tpu_client, "Client", Client)
+    monkeypatch.setattr(tpu, "POLL_SECONDS", 0)
+    tpu.wait_until_healthy("slow")
+    assert capsys.readouterr().out.count("TPU slow is CREATING: waiting for READY") == 1
 
 
 # --- a run ---------------------------------------------------------------------------------------
