@@ -11,7 +11,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
+import export_gpt2
 import make_tfrecords
+import plot_runs
+import train_tokenizer
 from algpt2 import remote
 from algpt2.errors import UserError
 from algpt2.remote import RemoteError, RemotePath, local_folder
@@ -205,6 +208,19 @@ def test_killed_at_any_moment_between_two_processes(corpus, tokenizer_folder, tm
             break
     assert code == 0
     assert contents(tmp_path / "url") == whole
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (train_tokenizer, ["--save_path", "gs://b/x"]),
+        (export_gpt2, ["runs/a", "gs://b/x"]),
+        (plot_runs, ["runs/a", "--save_path", "gs://b/x.png"]),
+    ],
+)
+def test_no_folder_gets_the_name_of_a_url(script, flags):
+    with pytest.raises(UserError, match=r"gs://b/x.*: expected a path on disk"):
+        script.main(flags)
 
 
 def test_paths_and_urls():
