@@ -91,6 +91,12 @@ def check_between(options: object, low: float, high: float, *names: str) -> None
             raise UserError(f"{given}: expected a number from {low:.12g} to {high:.12g}")
 
 
+def check_on_disk(options: object, name: str) -> None:
+    """`UserError` for a URL: as a path it would become a folder `gs:` here."""
+    if "://" in getattr(options, name):
+        raise UserError(f"{name} {getattr(options, name)}: expected a path on disk, not a URL")
+
+
 @dataclass(frozen=True)
 class TokenizerOptions:
     """Train a byte-level BPE tokenizer on a corpus and write it to a folder."""
@@ -110,6 +116,7 @@ class TokenizerOptions:
 
     def __post_init__(self) -> None:
         check_positive(self, "n_files", "vocab_size", "max_bytes")
+        check_on_disk(self, "save_path")
         check_between(self, 1, 2**24, "vocab_size")
         if not self.train_path:
             raise UserError("--train_path needs at least one folder, file, glob, hf:NAME or docs:")
@@ -325,6 +332,9 @@ class ExportOptions:
     overwrite: bool = False  # replace the files of an earlier export
     debug: bool = False  # a traceback with every error
 
+    def __post_init__(self) -> None:
+        check_on_disk(self, "out")
+
 
 @dataclass(frozen=True)
 class TFTrainOptions(TrainOptions):
@@ -449,3 +459,6 @@ class PlotOptions:
     smooth: int = 10  # lines of metrics.jsonl averaged per drawn point; 1: none
     overwrite: bool = False  # replace an image that this script did not draw
     debug: bool = False  # a traceback with every error
+
+    def __post_init__(self) -> None:
+        check_on_disk(self, "save_path")

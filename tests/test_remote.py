@@ -11,7 +11,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
+import export_gpt2
 import make_tfrecords
+import plot_runs
+import train_tokenizer
 from algpt2 import remote
 from algpt2.errors import UserError
 from algpt2.remote import RemoteError, RemotePath, local_folder
@@ -94,6 +97,7 @@ def test_uploads_fail_and_the_command_goes_on(pack, memory, tmp_path, monkeypatc
 
     def failing_put(self, local):
         uploads.append(self.name)
+        assert len(list(local_folder(url).glob("*.tfrecord"))) <= 1  # those before it are gone
         if len(uploads) % 2 if same_machine else len(uploads) == 4:
             raise RemoteError("no network")
         put(self, local)
@@ -119,6 +123,24 @@ def test_uploads_fail_and_the_command_goes_on(pack, memory, tmp_path, monkeypatc
     assert uploads == ([name for name in order for _ in range(2)] if same_machine else again)
 
 
+def test_the_work_of_another_command_is_not_used(pack, memory, tmp_path, monkeypatch):
+    url, put = "memory://bucket/shards", RemotePath.put
+
+    def failing_put(self, local):
+        if self.name == "3.tfrecord":
+            raise RemoteError("no network")
+        put(self, local)
+
+    monkeypatch.setattr(RemotePath, "put", failing_put)
+    with pytest.raises(RemoteError):
+        pack(url)
+    monkeypatch.setattr(RemotePath, "put", put)
+    memory.store.clear()  # a user makes room for another command, which this machine does not know
+    pack(url, "--no_use_control_codes")
+    pack(tmp_path / "disk", "--no_use_control_codes")
+    assert contents(RemotePath(url)) == contents(tmp_path / "disk")
+
+
 def test_foreign_files_at_a_url_stay(pack, memory):
     memory.pipe_file("/bucket/shards/notes.txt", b"mine")
     for flags in ((), ("--overwrite",)):
@@ -137,6 +159,21 @@ def test_an_upload_that_arrives_changed_is_an_error(memory, tmp_path, monkeypatc
     with pytest.raises(RemoteError, match="crc32c"):
         there.put(tmp_path / "file")
     assert not memory.store
+
+
+def test_half_an_upload_is_not_seen_under_its_name(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"whole")
+    there = RemotePath((tmp_path / "there" / "file").as_uri())
+    there.put(tmp_path / "file")
+
+    def half(self, local, target, **kwargs):
+        Path(target).write_bytes(b"ha")
+        raise OSError("no network")
+
+    monkeypatch.setattr(type(fsspec.filesystem("file")), "put_file", half)
+    with pytest.raises(RemoteError, match="no network"):
+        there.put(tmp_path / "file")
+    assert there.read_bytes() == b"whole"
 
 
 def test_a_missing_package_or_store_is_one_line(pack, monkeypatch):
@@ -171,6 +208,19 @@ def test_killed_at_any_moment_between_two_processes(corpus, tokenizer_folder, tm
             break
     assert code == 0
     assert contents(tmp_path / "url") == whole
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (train_tokenizer, ["--save_path", "gs://b/x"]),
+        (export_gpt2, ["runs/a", "gs://b/x"]),
+        (plot_runs, ["runs/a", "--save_path", "gs://b/x.png"]),
+    ],
+)
+def test_no_folder_gets_the_name_of_a_url(script, flags):
+    with pytest.raises(UserError, match=r"gs://b/x.*: expected a path on disk"):
+        script.main(flags)
 
 
 def test_paths_and_urls():
