@@ -8,9 +8,11 @@
     python3 make_tfrecords.py --path a.jsonl.gz "b/**/*.txt" hf:NAME:train --save_path shards/
 
     python3 make_tfrecords.py --path owt.tar --dedup --valid_fraction 0.01 --n_shards 16
+    python3 make_tfrecords.py --path wiki.train.tokens --detokenizer wikitext --save_path wiki/
     python3 make_tfrecords.py --verify shards/
 
-Interrupted, repeat the command: it goes on, to the same bytes. A finished folder says that it is
+Interrupted, repeat the command: it goes on, to the same bytes, also when the disk was full or a file
+changed; what is damaged or unreadable is named, and --skip_broken leaves it out. A finished folder says that it is
 done; other options in the same folder are an error.
 
 What is left behind:
