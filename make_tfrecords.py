@@ -11,9 +11,9 @@
     python3 make_tfrecords.py --path wiki.train.tokens --detokenizer wikitext --save_path wiki/
     python3 make_tfrecords.py --verify shards/
 
-Interrupted, repeat the command: it goes on, to the same bytes, also when the disk was full or a file
-changed; what is damaged or unreadable is named, and --skip_broken leaves it out. A finished folder says that it is
-done; other options in the same folder are an error.
+Interrupted, repeat the command: it goes on, to the same bytes, also when the disk was full or a
+file changed; what is damaged or unreadable is named, and --skip_broken leaves it out. A finished
+folder says that it is done; other options in the same folder are an error.
 
 What is left behind:
 
