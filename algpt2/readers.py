@@ -504,7 +504,7 @@ def _unescaped(line: bytes) -> bytes:
         pieces = (b"\xff" if "\ud800" <= c <= "\udfff" else c.encode() for c in text)
         return b"".join(b"\\u%04x" % ord(p) if p < b"\x80" else p for p in pieces)
 
-    return re.sub(rb"\\\\|(?:\\u[0-9a-fA-F]{4})+", replace, line)
+    return re.sub(rb"\\(?:\\|u[0-9a-fA-F]{4}(?:\\u[0-9a-fA-F]{4})*)", replace, line)
 
 
 def _field(row: dict[str, object], text_key: str, where: str) -> str | None:
