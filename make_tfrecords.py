@@ -9,11 +9,14 @@
 
     python3 make_tfrecords.py --path owt.tar --dedup --valid_fraction 0.01 --n_shards 16
     python3 make_tfrecords.py --path owt.tar --n_shards 16 --save_path gs://BUCKET/train
+    python3 make_tfrecords.py --path wiki.train.tokens --detokenizer wikitext --save_path wiki/
     python3 make_tfrecords.py --verify shards/
 
-Interrupted, repeat the command: it goes on, to the same bytes. A finished folder says that it is
-done; other options in the same folder are an error. At a URL (any of fsspec's) it is the same; the
-disk here then holds only the tokens (about half as many bytes as the text) and a shard per worker.
+Interrupted, repeat the command: it goes on, to the same bytes, also when the disk was full or a
+file changed; what is damaged or unreadable is named, and --skip_broken leaves it out. A finished
+folder says that it is done; other options in the same folder are an error. At a URL (any of
+fsspec's) it is the same; the disk here then holds only the tokens (about half as many bytes as the
+text) and a shard per worker.
 
 What is left behind:
 

@@ -4,7 +4,7 @@
     python3 train_pt.py --config algpt2 --train_path shards/train --val_path shards/val \\
         --batch_size 32 --grad_steps 16 --lr 1e-3 --lr_schedule cosine --warmup_steps 2000
     torchrun --nproc_per_node 8 train_pt.py ...               # 8 GPUs, the same global batch
-    python3 train_pt.py --checkpoint runs/train --eval_only --eval_sets data/bench --stride 128
+    python3 train_pt.py --checkpoint runs/train --eval_only --eval_sets bench/ --detokenizer auto
     python3 train_pt.py --checkpoint runs/train --sample_only --prompt "The"
 
 Repeat a command and the run continues where it stopped; a finished run says so.

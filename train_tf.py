@@ -4,7 +4,7 @@
     python3 train_tf.py --config algpt2 --train_path shards/train --val_path shards/val \\
         --batch_size 32 --grad_steps 16 --lr 1e-3 --lr_schedule cosine --warmup_steps 2000
     python3 train_tf.py ... --compile --steps_per_call 10     # on GPUs: all of them, with XLA
-    python3 train_tf.py --checkpoint runs/train --eval_only --val_path text.txt
+    python3 train_tf.py --checkpoint runs/train --eval_only --val_path ptb.txt --detokenizer ptb
     python3 train_tf.py --checkpoint runs/train --sample_only --prompt "The"
 
 Repeat a command and the run continues where it stopped; a finished run says so. Checkpoints are

@@ -11,6 +11,7 @@ import functools
 import io
 import json
 import os
+import re
 import stat
 import zipfile
 import zlib
@@ -355,9 +356,10 @@ class PartReader:
             number += 1
             at = f"{where}, byte {position:,}" if start else f"{where}, line {number}"
             position += len(raw)
-            raw = _without_mark(raw)
-            # A character of a text with one emoji takes four bytes in Python, one in this disguise.
-            encoding = ("latin-1",) if len(raw) > LONG_BYTES and b"\\u" not in raw else BYTES
+            raw, encoding = _without_mark(raw), BYTES
+            if len(raw) > LONG_BYTES:
+                # A character of a text with one emoji takes four bytes in Python, one like this.
+                raw, encoding = _unescaped(raw), ("latin-1",)
             key = self.reading.text_key.encode(*BYTES).decode(*encoding)
             line, raw = raw.decode(*encoding), b""
             try:
@@ -480,13 +482,32 @@ def _lines_between(file: BinaryIO, start: int, stop: int | None) -> Iterator[byt
     """The lines whose first byte lies in [start, stop)."""
     position = start
     if start:
-        file.seek(start - 1)
-        position += len(file.readline()) - 1
+        file.seek(position := start - 1)
+        while chunk := file.readline(BUFFER_BYTES):
+            position += len(chunk)
+            if chunk.endswith(b"\n"):
+                break
+            if stop is not None and position >= stop:  # within a line of an earlier piece
+                return
     for line in file if stop is None or position < stop else ():
         yield line
         position += len(line)
         if stop is not None and position >= stop:
             return
+
+
+def _unescaped(line: bytes) -> bytes:
+    """A line of JSON with UTF-8 in the place of its \\u escapes, but for those of ASCII."""
+
+    def replace(match: re.Match[bytes]) -> bytes:
+        if match[0] == rb"\\":
+            return match[0]
+        text = json.loads(b'"%b"' % match[0])
+        # A lone surrogate becomes a byte that is not UTF-8, either way one U+FFFD.
+        pieces = (b"\xff" if "\ud800" <= c <= "\udfff" else c.encode() for c in text)
+        return b"".join(b"\\u%04x" % ord(p) if p < b"\x80" else p for p in pieces)
+
+    return re.sub(rb"\\(?:\\|u[0-9a-fA-F]{4}(?:\\u[0-9a-fA-F]{4})*)", replace, line)
 
 
 def _field(row: dict[str, object], text_key: str, where: str) -> str | None:

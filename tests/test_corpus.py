@@ -344,12 +344,14 @@ def test_a_folder_that_cannot_be_listed_is_broken(tmp_path, monkeypatch):
 def test_a_long_line_of_json_gives_what_a_short_one_gives(tmp_path, monkeypatch):
     rows = [{"tëxt": t} for t in ("€🙂 \n text", "", None, "\\ and \\u00e9", 'a "quote"')]
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    content = content.encode() + lines({"tëxt": "é🙂"}).encode() + b'{"t\xc3\xabxt": "bad \xff"}\n'
+    escaped = ('é🙂 \x0b " \\', "lone \udc00 \ud83d", "\\\\u00e9 \\ \u0080\u00ff")
+    content += lines(*({"tëxt": text} for text in escaped))  # keys too
+    content = content.encode() + b'{"t\xc3\xabxt": "bad \xff"}\n'
     path = write(tmp_path / "a.jsonl", content)
     short = read(path, text_key="tëxt")
     monkeypatch.setattr(readers, "LONG_BYTES", 1)
     assert read(path, text_key="tëxt") == short
-    assert short[::2] == ["€🙂 \n text", 'a "quote"', "bad \ufffd"]
+    assert [short[0], short[2], short[-1]] == ["€🙂 \n text", 'a "quote"', "bad \ufffd"]
     write(path, '{"b": "x"}\n')
     with pytest.raises(UserError, match=r"no .t.{1,2}xt."):
         read(path, text_key="tëxt")
