@@ -218,18 +218,24 @@ def _result(ray: Any, reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, FileNotFoundError) or "failed to import" in str(error.cause):
+        cause = error.cause
+        if isinstance(cause, FileNotFoundError) or "No module named" in str(cause):
+            reason = describe(cause) if isinstance(cause, OSError) else _last_line(cause)
             raise TasksStopped(
-                f"a node of the Ray cluster lacks something ({describe(error.cause)[:200]}):"
-                f" expected the packages of requirements.txt on all, and {ROOT}, the text, the"
-                " tokenizer and --save_path at the same paths"
+                f"a node of the Ray cluster lacks something ({reason}): expected the packages of"
+                f" requirements.txt on all, and {ROOT}, the text, the tokenizer and --save_path at"
+                " the same paths"
             ) from None
-        raise error.cause from error
+        raise cause from error
     except ray.exceptions.RayError as error:
         reason = describe(error)[:200]
         raise TasksStopped(
             f"the Ray cluster failed ({reason}): what is done is kept; repeat the command"
         ) from None
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 def _cancel(ray: Any, references: Collection[Any]) -> None:

@@ -120,6 +120,7 @@ def test_the_error_of_a_task_is_that_of_a_local_one(ray):
     [
         (FakeRay.exceptions.RayError("node\ndied"), r"failed \(node died\): .* repeat the command"),
         (FileNotFoundError(2, "No such file", "/a/b"), "No such file: /a/b.* at the same paths"),
+        (RuntimeError("Traceback:\nNo module named 'x'"), r"\(No module named 'x'\): expected"),
     ],
 )
 def test_a_failing_cluster_is_a_line_that_says_what_to_do(ray, error, message):
