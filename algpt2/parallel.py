@@ -118,7 +118,7 @@ def _on_ray(
     """
     with _connected(address) as ray:
         run = ray.remote(max_retries=RETRIES)(_as_worker)
-        cores = int(ray.cluster_resources().get("CPU", 0))
+        cores = _cores(ray)
         if not cores:
             raise TasksStopped(f"the Ray cluster at --ray {address} has no CPU")
         pending: collections.deque[Any] = collections.deque()
@@ -173,6 +173,10 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
 
 
+def _cores(ray: Any) -> int:
+    return int(ray.cluster_resources().get("CPU", 0))
+
+
 def _answers(address: str) -> bool:
     try:
         _check_answers(address)
@@ -205,15 +209,16 @@ def _result(ray: Any, reference: Any) -> Any:
     """What a task returned, or the error that it ended with.
 
     Raises:
-        TasksStopped: the cluster failed, or its head is gone.
+        TasksStopped: the cluster failed, its head is gone, or all its nodes are.
     """
     misses = 0
     while not ray.wait([reference], timeout=WAIT_S)[0]:
-        misses = 0 if _answers(ray.get_runtime_context().gcs_address) else misses + 1
-        if misses == 3:  # after 60 s Ray would end this process
+        head = ray.get_runtime_context().gcs_address
+        misses = 0 if _answers(head) and _cores(ray) else misses + 1
+        if misses == 3:  # after 60 s without a head Ray would end this process
             raise TasksStopped(
-                "the head of the Ray cluster is gone: what is done is kept; repeat the command"
-                " when it is back, or without --ray"
+                "the Ray cluster has lost its head or all its nodes: what is done is kept; repeat"
+                " the command when they are back, or without --ray"
             )
     try:
         return ray.get(reference)

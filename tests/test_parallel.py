@@ -32,6 +32,7 @@ class FakeRay(types.ModuleType):
     def __init__(self):
         super().__init__("ray")
         self.log, self.in_flight, self.most, self.cancelled = [], 0, 0, 0
+        self.gone = False  # all nodes
 
     def init(self, address, **_):
         self.log.append(address)
@@ -41,7 +42,7 @@ class FakeRay(types.ModuleType):
         self.log.append("shutdown")
 
     def cluster_resources(self):
-        return {"CPU": float(CORES)}
+        return {} if self.gone else {"CPU": float(CORES)}
 
     def get_runtime_context(self):
         return types.SimpleNamespace(gcs_address="auto")
@@ -60,7 +61,7 @@ class FakeRay(types.ModuleType):
         return decorate
 
     def wait(self, references, **_):
-        return references, []
+        return ([], references) if self.gone else (references, [])
 
     def get(self, reference):
         self.in_flight -= 1
@@ -126,6 +127,14 @@ def test_the_error_of_a_task_is_that_of_a_local_one(ray):
 def test_a_failing_cluster_is_a_line_that_says_what_to_do(ray, error, message):
     with pytest.raises(TasksStopped, match=message):
         list(on_ray(functools.partial(fail, error), range(5)))
+
+
+def test_a_cluster_without_nodes_is_not_waited_for_forever(ray):
+    results = on_ray(double, range(5))
+    next(results)
+    ray.gone = True
+    with pytest.raises(TasksStopped, match="lost its head or all its nodes: what is done is kept"):
+        next(results)
 
 
 def test_tasks_run_in_the_folder_of_the_command(ray, tmp_path, monkeypatch):
