@@ -125,10 +125,13 @@ def _on_ray(
         try:
             for task in tasks:
                 if len(pending) >= AHEAD * cores:
-                    yield _result(ray, pending.popleft())
+                    result = _result(ray, pending[0])
+                    pending.popleft()
+                    yield result
                 pending.append(run.remote(str(Path.cwd()), function, task))
-            while pending:
-                yield _result(ray, pending.popleft())
+            for reference in pending:
+                yield _result(ray, reference)
+            pending.clear()
         finally:
             _cancel(ray, pending)
 

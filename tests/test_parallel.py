@@ -31,7 +31,7 @@ class FakeRay(types.ModuleType):
 
     def __init__(self):
         super().__init__("ray")
-        self.log, self.in_flight, self.most, self.cancelled = [], 0, 0, 0
+        self.log, self.in_flight, self.most, self.cancelled = [], set(), 0, 0
         self.gone = False  # all nodes
 
     def init(self, address, **_):
@@ -52,9 +52,10 @@ class FakeRay(types.ModuleType):
 
         def decorate(function):
             def submit(*args):
-                self.in_flight += 1
-                self.most = max(self.most, self.in_flight)
-                return functools.partial(function, *args)
+                reference = functools.partial(function, *args)
+                self.in_flight.add(reference)
+                self.most = max(self.most, len(self.in_flight))
+                return reference
 
             return types.SimpleNamespace(remote=submit)
 
@@ -64,7 +65,7 @@ class FakeRay(types.ModuleType):
         return ([], references) if self.gone else (references, [])
 
     def get(self, reference):
-        self.in_flight -= 1
+        self.in_flight.remove(reference)
         try:
             return reference()
         except self.exceptions.RayError:
@@ -73,8 +74,8 @@ class FakeRay(types.ModuleType):
             raise self.exceptions.RayTaskError(error) from error
 
     def cancel(self, reference):
-        self.in_flight -= 1
-        self.cancelled += 1
+        self.cancelled += reference in self.in_flight
+        self.in_flight.discard(reference)
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def ray(monkeypatch):
     yield fake
     assert signal.getsignal(signal.SIGTERM) == handler
     assert fake.log == ["auto", "shutdown"]
-    assert fake.in_flight == 0
+    assert not fake.in_flight
 
 
 def on_ray(function, tasks):
