@@ -120,17 +120,20 @@ def _on_ray(
     """
     with _connected(address) as ray:
         run = ray.remote(max_retries=RETRIES)(_as_worker)
-        cores = int(ray.cluster_resources().get("CPU", 0))
+        cores = _cores(ray)
         if not cores:
             raise TasksStopped(f"the Ray cluster at --ray {address} has no CPU")
         pending: collections.deque[Any] = collections.deque()
         try:
             for task in tasks:
                 if len(pending) >= AHEAD * cores:
-                    yield _result(ray, pending.popleft())
+                    result = _result(ray, pending[0])
+                    pending.popleft()
+                    yield result
                 pending.append(run.remote(str(Path.cwd()), function, task))
-            while pending:
-                yield _result(ray, pending.popleft())
+            for reference in pending:
+                yield _result(ray, reference)
+            pending.clear()
         finally:
             _cancel(ray, pending)
 
@@ -175,6 +178,10 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
 
 
+def _cores(ray: Any) -> int:
+    return int(ray.cluster_resources().get("CPU", 0))
+
+
 def _answers(address: str) -> bool:
     try:
         _check_answers(address)
@@ -207,31 +214,38 @@ def _result(ray: Any, reference: Any) -> Any:
     """What a task returned, or the error that it ended with.
 
     Raises:
-        TasksStopped: the cluster failed, or its head is gone.
+        TasksStopped: the cluster failed, its head is gone, or all its nodes are.
     """
     misses = 0
     while not ray.wait([reference], timeout=WAIT_S)[0]:
-        misses = 0 if _answers(ray.get_runtime_context().gcs_address) else misses + 1
-        if misses == 3:  # after 60 s Ray would end this process
+        head = ray.get_runtime_context().gcs_address
+        misses = 0 if _answers(head) and _cores(ray) else misses + 1
+        if misses == 3:  # after 60 s without a head Ray would end this process
             raise TasksStopped(
-                "the head of the Ray cluster is gone: what is done is kept; repeat the command"
-                " when it is back, or without --ray"
+                "the Ray cluster has lost its head or all its nodes: what is done is kept; repeat"
+                " the command when they are back, or without --ray"
             )
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, FileNotFoundError) or "failed to import" in str(error.cause):
+        cause = error.cause
+        if isinstance(cause, FileNotFoundError) or "No module named" in str(cause):
+            reason = describe(cause) if isinstance(cause, OSError) else _last_line(cause)
             raise TasksStopped(
-                f"a node of the Ray cluster lacks something ({describe(error.cause)[:200]}):"
-                f" expected the packages of requirements.txt on all, and {ROOT}, the text, the"
-                " tokenizer and --save_path at the same paths"
+                f"a node of the Ray cluster lacks something ({reason}): expected the packages of"
+                f" requirements.txt on all, and {ROOT}, the text, the tokenizer and --save_path at"
+                " the same paths"
             ) from None
-        raise error.cause from error
+        raise cause from error
     except ray.exceptions.RayError as error:
         reason = describe(error)[:200]
         raise TasksStopped(
             f"the Ray cluster failed ({reason}): what is done is kept; repeat the command"
         ) from None
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 def _cancel(ray: Any, references: Collection[Any]) -> None:

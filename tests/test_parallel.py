@@ -31,7 +31,8 @@ class FakeRay(types.ModuleType):
 
     def __init__(self):
         super().__init__("ray")
-        self.log, self.in_flight, self.most, self.cancelled = [], 0, 0, 0
+        self.log, self.in_flight, self.most, self.cancelled = [], set(), 0, 0
+        self.gone = False  # all nodes
 
     def init(self, address, **_):
         self.log.append(address)
@@ -41,7 +42,7 @@ class FakeRay(types.ModuleType):
         self.log.append("shutdown")
 
     def cluster_resources(self):
-        return {"CPU": float(CORES)}
+        return {} if self.gone else {"CPU": float(CORES)}
 
     def get_runtime_context(self):
         return types.SimpleNamespace(gcs_address="auto")
@@ -51,19 +52,20 @@ class FakeRay(types.ModuleType):
 
         def decorate(function):
             def submit(*args):
-                self.in_flight += 1
-                self.most = max(self.most, self.in_flight)
-                return functools.partial(function, *args)
+                reference = functools.partial(function, *args)
+                self.in_flight.add(reference)
+                self.most = max(self.most, len(self.in_flight))
+                return reference
 
             return types.SimpleNamespace(remote=submit)
 
         return decorate
 
     def wait(self, references, **_):
-        return references, []
+        return ([], references) if self.gone else (references, [])
 
     def get(self, reference):
-        self.in_flight -= 1
+        self.in_flight.remove(reference)
         try:
             return reference()
         except self.exceptions.RayError:
@@ -72,8 +74,8 @@ class FakeRay(types.ModuleType):
             raise self.exceptions.RayTaskError(error) from error
 
     def cancel(self, reference):
-        self.in_flight -= 1
-        self.cancelled += 1
+        self.cancelled += reference in self.in_flight
+        self.in_flight.discard(reference)
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def ray(monkeypatch):
     yield fake
     assert signal.getsignal(signal.SIGTERM) == handler
     assert fake.log == ["auto", "shutdown"]
-    assert fake.in_flight == 0
+    assert not fake.in_flight
 
 
 def on_ray(function, tasks):
@@ -120,11 +122,20 @@ def test_the_error_of_a_task_is_that_of_a_local_one(ray):
     [
         (FakeRay.exceptions.RayError("node\ndied"), r"failed \(node died\): .* repeat the command"),
         (FileNotFoundError(2, "No such file", "/a/b"), "No such file: /a/b.* at the same paths"),
+        (RuntimeError("Traceback:\nNo module named 'x'"), r"\(No module named 'x'\): expected"),
     ],
 )
 def test_a_failing_cluster_is_a_line_that_says_what_to_do(ray, error, message):
     with pytest.raises(TasksStopped, match=message):
         list(on_ray(functools.partial(fail, error), range(5)))
+
+
+def test_a_cluster_without_nodes_is_not_waited_for_forever(ray):
+    results = on_ray(double, range(5))
+    next(results)
+    ray.gone = True
+    with pytest.raises(TasksStopped, match="lost its head or all its nodes: what is done is kept"):
+        next(results)
 
 
 def test_tasks_run_in_the_folder_of_the_command(ray, tmp_path, monkeypatch):
