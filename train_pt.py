@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def train(options: TrainOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
     from algpt2 import loop, model_card, report, runs, training_pt
-    from algpt2.checkpoints import find_checkpoint, newest_checkpoint
+    from algpt2.checkpoints import find_checkpoint
 
     # 1. Processes, tokenizer and data
     processes = training_pt.start_processes(options)
@@ -44,9 +44,8 @@ def train(options: TrainOptions) -> int | None:
     run = runs.describe_run(options, rows, val_rows, n_steps)
     save_dir = Path(options.report.save_dir)
     with report.locked(save_dir):
-        run, checkpoint = processes.on_main(
-            lambda: (report.open_run(save_dir, run, options.overwrite), newest_checkpoint(save_dir))
-        )
+        run = processes.on_main(lambda: report.open_run(save_dir, run, options.overwrite))
+        checkpoint = processes.on_main(lambda: report.own_checkpoint(save_dir, run))
 
         # 3. Model and optimizer, in the state of the checkpoint
         start = (processes, n_steps, checkpoint)
