@@ -110,7 +110,9 @@ def test_a_checkpoint_of_another_run_is_refused_and_stays(flags, tmp_path):
     before = final_bytes(tmp_path / "run")
     shutil.rmtree(mine)
     shutil.copytree(other, mine)
-    with pytest.raises(UserError, match=r"checkpoint-00000006 is of another run \(lr: 0.02 -> 0.01"):
+    with pytest.raises(
+        UserError, match=r"checkpoint-00000006 is of another run \(lr: 0.02 -> 0.01"
+    ):
         train_pt.main(flags())
     assert final_bytes(tmp_path / "run") == final_bytes(tmp_path / "other")
     shutil.rmtree(mine)
