@@ -161,7 +161,7 @@ def test_a_worker_that_goes_outside_the_loop_is_no_traceback(monkeypatch, capsys
 
     codes = []
     monkeypatch.setattr(errors.os, "_exit", codes.append)
-    monkeypatch.setattr(errors.signal, "signal", lambda number, handler: None)  # pytest's stay
+    monkeypatch.setattr(errors, "_listen", lambda: None)  # pytest's handlers stay
     errors.run_script(lambda argv: waits_for_the_other())
     assert codes == [EXIT_STOPPED]
     assert "gone (Connection reset): run the same command again" in capsys.readouterr().err
@@ -169,8 +169,13 @@ def test_a_worker_that_goes_outside_the_loop_is_no_traceback(monkeypatch, capsys
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_where_nothing_listens_ends_the_command_at_once(number):
-    code = "import time; from algpt2 import errors; errors.run_script(lambda argv: work())\n"
-    work = "def work():\n  print('working', flush=True)\n  time.sleep(60)\n"
+    code = "from algpt2 import errors; errors.run_script(lambda argv: work())\n"
+    # In a call of a C library (a lock that it has itself), where Python's handlers have to wait.
+    lock = "ctypes.CDLL(None).pthread_mutex_lock(lock)"
+    work = (
+        "import ctypes\nlock = ctypes.create_string_buffer(128)\n"
+        f"def work():\n  print('working', flush=True)\n  {lock}\n  {lock}\n"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", work + code], cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
