@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def train(options: TrainOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
     from algpt2 import loop, mirror, model_card, report, runs, training_pt
-    from algpt2.checkpoints import find_checkpoint, newest_checkpoint
+    from algpt2.checkpoints import find_checkpoint
 
     # 1. Processes, tokenizer and data
     processes = training_pt.start_processes(options)
@@ -42,9 +42,8 @@ def train(options: TrainOptions) -> int | None:
     n_steps = runs.count_steps(options.optim, len(rows), seq_len)
     run = runs.describe_run(options, rows, val_rows, n_steps)
     with mirror.run_folder(options.report, options.overwrite) as save_dir:
-        run, checkpoint = processes.on_main(
-            lambda: (report.open_run(save_dir, run, options.overwrite), newest_checkpoint(save_dir))
-        )
+        run = processes.on_main(lambda: report.open_run(save_dir, run, options.overwrite))
+        checkpoint = processes.on_main(lambda: report.own_checkpoint(save_dir, run))
 
         # 3. Model and optimizer, in the state of the checkpoint
         start = (processes, n_steps, checkpoint)

@@ -3,7 +3,9 @@
 import contextlib
 import os
 import signal
+import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,8 +37,7 @@ def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
     line shows the traceback as well. SIGTERM and SIGINT end it at once, code 75, wherever nothing
     else listens: whatever a command writes is left such that the same command goes on.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave)
+    _listen()
     for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
         stream.reconfigure(errors="backslashreplace")
     if "--debug" not in sys.argv:  # TensorFlow's C++ talks of what is no error of anyone's
@@ -56,6 +57,29 @@ def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
     if code or _left:
         # Not sys.exit: threads of W&B or a prefetcher must not hold a failed command open.
         os._exit(code)
+
+
+def _listen() -> None:
+    """Have `_leave` answer SIGTERM and SIGINT, and a thread see to it that a library which blocks
+    the main one (waiting for other workers, compiling) does not put that off."""
+    numbers, received = (signal.SIGTERM, signal.SIGINT), []
+    for number in numbers:
+        signal.signal(number, _leave)
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    signal.set_wakeup_fd(sender.detach(), warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while True:
+            number = receiver.recv(1)[0]
+            if number in numbers and signal.getsignal(number) is _leave:
+                _leave(number, None)
+            elif number in numbers:
+                if received:  # the training loop has heard of the first
+                    os._exit(128 + number)
+                received.append(number)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
 
 
 def _leave(number: int, frame: Any) -> None:

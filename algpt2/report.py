@@ -24,9 +24,11 @@ from tqdm import tqdm
 from .checkpoints import (
     LINE_FILES,
     STATE_FILE,
+    Checkpoint,
     changed_options,
     errors_name,
     is_checkpoint_name,
+    newest_checkpoint,
     read_record,
     remove,
     write_record,
@@ -302,6 +304,28 @@ def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, 
             "to continue it, choose another --save_dir, or --overwrite to remove it"
         )
     return run | kept
+
+
+def own_checkpoint(save_dir: Path, run: dict[str, Any]) -> Checkpoint | None:
+    """The newest complete checkpoint in save_dir, or None.
+
+    Raises:
+        UserError: it is one of another run, that somebody put there.
+    """
+    checkpoint = newest_checkpoint(save_dir, log)
+    state = checkpoint.state if checkpoint else {}
+    changes = []
+    for name in {"options", "data"} & state.keys():
+        old, new = state[name], json.loads(json.dumps(run[name]))
+        if not isinstance(old, dict):
+            raise UserError(f"{checkpoint.folder} is damaged: expected {name}")
+        changes += changed_options(old, new, {*NOT_OF_THE_RUN, *(new.keys() - old.keys())})
+    if changes:
+        raise UserError(
+            f"{checkpoint.folder} is of another run ({'; '.join(sorted(changes)[:6])}): move it "
+            "away, the one before it is used then, or choose another --save_dir"
+        )
+    return checkpoint
 
 
 def _created_now(run: dict[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,8 @@ def test_a_failing_wandb_loses_no_metrics(fake, tmp_path, broken):
     assert write(tmp_path, "offline") == [{"step": 1, "loss": 2.0}]
 
 
-def test_the_real_wandb_writes_an_offline_run(tmp_path):
+def test_the_real_wandb_writes_an_offline_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "STOP_S", 60)  # a busy machine is no failure of W&B's
     write(tmp_path, "offline")
     assert list(tmp_path.glob("wandb/offline-run-*-abc/*.wandb"))
 

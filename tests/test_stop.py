@@ -16,7 +16,7 @@ import torch
 
 import train_pt
 import train_tf
-from algpt2 import loop, training_pt, training_tf
+from algpt2 import errors, loop, training_pt, training_tf
 from algpt2.errors import EXIT_STOPPED
 from algpt2.loop import StopRequest, check_cut
 
@@ -154,10 +154,28 @@ def test_a_cut_that_is_none_is_refused(cut):
         check_cut(cut, 3)
 
 
+def test_a_worker_that_goes_outside_the_loop_is_no_traceback(monkeypatch, capsys):
+    @training_tf.peers_may_go()
+    def waits_for_the_other():
+        raise training_tf.tf.errors.UnavailableError(None, None, "Connection reset")
+
+    codes = []
+    monkeypatch.setattr(errors.os, "_exit", codes.append)
+    monkeypatch.setattr(errors, "_listen", lambda: None)  # pytest's handlers stay
+    errors.run_script(lambda argv: waits_for_the_other())
+    assert codes == [EXIT_STOPPED]
+    assert "gone (Connection reset): run the same command again" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_where_nothing_listens_ends_the_command_at_once(number):
-    code = "import time; from algpt2 import errors; errors.run_script(lambda argv: work())\n"
-    work = "def work():\n  print('working', flush=True)\n  time.sleep(60)\n"
+    code = "from algpt2 import errors; errors.run_script(lambda argv: work())\n"
+    # In a call of a C library (a lock that it has itself), where Python's handlers have to wait.
+    lock = "ctypes.CDLL(None).pthread_mutex_lock(lock)"
+    work = (
+        "import ctypes\nlock = ctypes.create_string_buffer(128)\n"
+        f"def work():\n  print('working', flush=True)\n  {lock}\n  {lock}\n"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", work + code], cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
@@ -165,7 +183,7 @@ def test_a_signal_where_nothing_listens_ends_the_command_at_once(number):
     assert process.stdout.readline() == "working\n"
     start_s = time.monotonic()
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, printed = process.communicate(timeout=30)
     assert process.returncode == EXIT_STOPPED and time.monotonic() - start_s < 5
-    assert f"stopped by {number.name}: the same command continues" in errors
-    assert "Traceback" not in errors
+    assert f"stopped by {number.name}: the same command continues" in printed
+    assert "Traceback" not in printed

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,23 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(flags, tmp_path, caps
     assert "continuing at step 3" in printed
     assert final_bytes(tmp_path / "run") == before
     assert [step for (step,) in metrics(tmp_path / "run", "step")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_stays(flags, tmp_path):
+    train_pt.main(flags())
+    train_pt.main(flags("other", lr=2e-2))
+    mine, other = (tmp_path / name / "checkpoint-00000006" for name in ("run", "other"))
+    before = final_bytes(tmp_path / "run")
+    shutil.rmtree(mine)
+    shutil.copytree(other, mine)
+    with pytest.raises(
+        UserError, match=r"checkpoint-00000006 is of another run \(lr: 0.02 -> 0.01"
+    ):
+        train_pt.main(flags())
+    assert final_bytes(tmp_path / "run") == final_bytes(tmp_path / "other")
+    shutil.rmtree(mine)
+    assert train_pt.main(flags()) is None
+    assert final_bytes(tmp_path / "run") == before
 
 
 def test_a_line_cut_by_a_crash_is_written_again(flags, tmp_path):
