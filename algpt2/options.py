@@ -7,6 +7,7 @@ is not here is nowhere. No framework is imported, so that `--help` answers at on
 import contextlib
 import io
 import itertools
+import re
 import reprlib
 import time
 from collections.abc import Sequence
@@ -63,7 +64,8 @@ def _first_sentence(box: str) -> str:
     lines = [line.strip(" │|") for line in box.splitlines()[1:]]
     after_title = itertools.dropwhile(_is_rule, lines)
     message = " ".join(itertools.takewhile(lambda line: not _is_rule(line), after_title))
-    return f"{message.removeprefix('Error parsing ').rstrip('.')}. The flags: --help"
+    message = re.sub(r"^(Error parsing )?(\w+Options: )?", "", message)  # names of our classes
+    return f"{message.rstrip('.')}. The flags: --help"
 
 
 def _is_rule(line: str) -> bool:
@@ -304,6 +306,8 @@ class TrainOptions:
             raise UserError(f"--fp16 contradicts --precision {self.optim.precision}: drop one")
         if self.model.init_from and (self.model.checkpoint or self.model.from_scratch):
             raise UserError("--init_from and --checkpoint or --from_scratch: expected one of them")
+        if self.eval_only and self.sample_only:
+            raise UserError("--eval_only and --sample_only: expected one of them")
         if (self.eval_only or self.sample_only) and not self.model.checkpoint:
             raise UserError("--eval_only and --sample_only need --checkpoint FOLDER")
 
