@@ -44,7 +44,8 @@ def load_as_gpt2(source: str) -> tuple[GPT2Config, Tensors]:
     except UserError:
         raise
     except Exception as error:  # a damaged file can make transformers raise anything
-        reason = describe(error)[:500]
+        missing = "" if Path(source).exists() else "no such folder, and from the hub: "
+        reason = missing + describe(error)[:500]
         raise UserError(f"cannot load an ALGPT2 or GPT-2 from {folder}: {reason}") from error
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     return GPT2Config(**gpt2_config(model.config)), gpt2_tensors(model.config, tensors)

@@ -64,7 +64,7 @@ def _first_sentence(box: str) -> str:
     lines = [line.strip(" │|") for line in box.splitlines()[1:]]
     after_title = itertools.dropwhile(_is_rule, lines)
     message = " ".join(itertools.takewhile(lambda line: not _is_rule(line), after_title))
-    message = re.sub(r"^Error parsing (\w+Options: )?", "", message)
+    message = re.sub(r"^(Error parsing )?(\w+Options: )?", "", message)  # names of our classes
     return f"{message.rstrip('.')}. The flags: --help"
 
 
@@ -318,6 +318,8 @@ class TrainOptions:
             raise UserError(f"--fp16 contradicts --precision {self.optim.precision}: drop one")
         if self.model.init_from and (self.model.checkpoint or self.model.from_scratch):
             raise UserError("--init_from and --checkpoint or --from_scratch: expected one of them")
+        if self.eval_only and self.sample_only:
+            raise UserError("--eval_only and --sample_only: expected one of them")
         if (self.eval_only or self.sample_only) and not self.model.checkpoint:
             raise UserError("--eval_only and --sample_only need --checkpoint FOLDER")
 

@@ -4,8 +4,8 @@
     python3 benchmarks/lm_eval_agreement.py --checkpoint runs/quickstart/model --bench data/bench
 
 Both run as their users run them: `train_pt.py --eval_only --eval_sets`, and `lm_eval --model hf`
-with task files that are written here and name local data, on a copy of the checkpoint that brings
-the model's code. A number that differs in the fourth digit is printed as such, exit code 1.
+with task files that are written here and name local data, on a copy of the checkpoint: the model's
+code is in it. A number that differs in the fourth digit is printed as such, exit code 1.
 """
 
 import json
@@ -28,10 +28,6 @@ from algpt2.checkpoints import find_checkpoint, write_json  # noqa: E402  (after
 from algpt2.detokenizers import wikitext  # noqa: E402
 from algpt2.evaluation import table  # noqa: E402
 
-CODE = {
-    "AutoConfig": "configuration_algpt2.ALGPT2Config",
-    "AutoModelForCausalLM": "modeling_algpt2.ALGPT2LMHeadModel",
-}
 TASK = """task: {name}
 dataset_path: json
 dataset_kwargs:
@@ -97,7 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, args=argv, use_underscores=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = copy_with_code(find_checkpoint(Path(options.checkpoint)), folder / "model")
+        left_out = shutil.ignore_patterns("optimizer*", "training_state.json", "evaluation.*")
+        model = folder / "model"  # without its run, so that it keeps its evaluation itself
+        shutil.copytree(find_checkpoint(Path(options.checkpoint)), model, ignore=left_out)
         paradigms = write_sets(options, folder / "sets")
         write_tasks(folder / "sets", folder / "tasks", paradigms)
         ours = run_ours(model, folder / "sets")
@@ -113,16 +111,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(lines))
     print(f"{len(paradigms)} paradigms of BLiMP compared one by one; equal: {is_equal}")
     return 0 if is_equal else 1
-
-
-def copy_with_code(checkpoint: Path, folder: Path) -> Path:
-    """A copy that `trust_remote_code=True` loads where this project is not installed."""
-    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*optimizer*", "training_*"))
-    for reference in CODE.values():
-        shutil.copy(ROOT / "algpt2" / f"{reference.split('.')[0]}.py", folder)
-    config = json.loads((folder / "config.json").read_text())
-    write_json(folder / "config.json", config | {"auto_map": CODE})
-    return folder
 
 
 def write_sets(options: Options, folder: Path) -> list[str]:
