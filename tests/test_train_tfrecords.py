@@ -348,7 +348,11 @@ def start_workers(n, arguments):
 
 
 def finish(workers):
-    outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    try:
+        outputs = [worker.communicate(timeout=600)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
     return [worker.returncode for worker in workers], outputs
 
 
