@@ -137,11 +137,10 @@ def check_shards(
     """
     manifest, n_shards = shards.manifest, len(shards.manifest.shards)
     if n_shards % n_hosts:
-        per_shard = max(1, manifest.documents // n_hosts)
         raise UserError(
             f"{flag}: {shards.folder} has {n_shards} shards for {n_hosts} hosts: expected a "
             f"multiple of {n_hosts}; pack again: make_tfrecords.py ... "
-            f"--files_per_tfrecord {per_shard} gives {-(-manifest.documents // per_shard)}"
+            f"--n_shards {-(-n_shards // n_hosts) * n_hosts}"
         )
     if seq_len and manifest.seq_len != seq_len:
         raise UserError(

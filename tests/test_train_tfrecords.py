@@ -187,7 +187,8 @@ def test_shards_that_do_not_fit_hosts_or_model_are_refused(packed):
 
     check_shards("--train_path", shards, 2, 16, config, True)
     check_shards("--train_path", shards, 4, None, config | {"vocab_size": 304}, False)
-    refuse("4 shards for 8 hosts: expected a multiple of 8.*--files_per_tfrecord 2 gives 10", 8)
+    refuse("4 shards for 8 hosts: expected a multiple of 8.*make_tfrecords.py .* --n_shards 8$", 8)
+    refuse("4 shards for 3 hosts: expected a multiple of 3.*make_tfrecords.py .* --n_shards 6$", 3)
     refuse("rows of 16 tokens, expected 32: pass --seq_len 16", seq_len=32)
     refuse("packed with 300 entries and the model has 304", vocab_size=304)
     refuse("packed with 300 entries and the model has 299", vocab_size=299, exact=False)
@@ -361,7 +362,11 @@ def start_workers(n, arguments):
 
 
 def finish(workers):
-    outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    try:
+        outputs = [worker.communicate(timeout=600)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
     return [worker.returncode for worker in workers], outputs
 
 
