@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from .guard import StepGuard
 from .options import OptimOptions, TrainOptions, seconds_since_start
+from .remote import local_folder
 from .report import RunReport, log
 from .schedules import lr_factor
 
@@ -103,7 +103,7 @@ def start_report(trainer: AnyTrainer, run: dict[str, Any]) -> RunReport:
     """What the run reports to, with the lines of all steps that are reported."""
     report = trainer.options.report
     is_cut = trainer.cut is not None
-    return RunReport(Path(report.save_dir), run, trainer.step, report, is_cut=is_cut)
+    return RunReport(local_folder(report.save_dir), run, trainer.step, report, is_cut=is_cut)
 
 
 def check_stop(trainer: AnyTrainer) -> None:

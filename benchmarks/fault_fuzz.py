@@ -298,7 +298,7 @@ class Fuzzer:
             model_card.write_card(self.checkpoint, run, 1)
             runs.log_before_and_after({"before": {}}, run)
             plot_runs.draw({"run": plot_runs.read_run(run)}, "tokens", 10)
-            _keep_lines_until(run / "metrics.jsonl", 1)
+            _keep_lines_until(run / "metrics.jsonl", 1, draw.random() < 0.5)
 
         return read
 

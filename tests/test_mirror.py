@@ -82,7 +82,7 @@ def test_the_machine_is_lost_after_every_step(flags, memory, straight):
     while train_pt.main(flags(max_minutes=1e-9)) == EXIT_STOPPED:
         lose_the_machine()
         restarts += 1
-    assert restarts == 3
+    assert restarts == 5  # two of them before an evaluation
     files = at_url()
     kept = sorted({name.partition("/")[0] for name in files if name.startswith("checkpoint")})
     assert kept == ["checkpoint-00000003", "checkpoint-00000004"]
@@ -157,6 +157,7 @@ def test_of_two_places_the_newer_counts(flags, memory, straight, capsys):
     train_pt.main(flags(max_minutes=1e-9))
     train_pt.main(flags(max_minutes=1e-9))
     memory.rm_file("/bucket/run/checkpoint-00000002/training_state.json")  # copied in part
+    train_pt.main(flags(max_minutes=1e-9))  # the evaluation that was cut
     train_pt.main(flags(max_minutes=1e-9))
     assert newest_checkpoint(local_folder(URL)).step == 3
     lose_the_machine()
