@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -137,7 +138,10 @@ def test_the_real_wandb_stages_an_artifact_offline(tmp_path, checkpoint, patient
         monkeypatch.setenv(name, str(tmp_path / "home"))
     with_artifact(tmp_path, checkpoint, "offline")
     (written,) = tmp_path.glob("wandb/offline-run-*-abc/*.wandb")
-    assert b"my-run" in written.read_bytes()
+    deadline_s = time.monotonic() + 30  # W&B's own process may write after `finish` has returned
+    while b"my-run" not in written.read_bytes():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
 
 
 def test_a_table_goes_to_the_run_of_the_folder(fake, tmp_path, capsys):
