@@ -302,10 +302,11 @@ class TarStream:
 
     def read(self) -> bytes:
         """The content of the current member."""
-        content = self._read(self._member.size)
-        if len(content) < self._member.size:
-            raise self._broken(self._member.header, f"{self._member.name} is cut off")
-        return content
+        member = self._member
+        content = self._read(member.end - member.start)  # with the padding: one read less
+        if len(content) < member.size:
+            raise self._broken(member.header, f"{member.name} is cut off")
+        return content[: member.size]
 
     def open(self) -> BinaryIO:
         """The content of the current member as a stream."""

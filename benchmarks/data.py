@@ -148,7 +148,8 @@ def write_files(patterns: list[str], folder: Path, n: int) -> None:
     texts = [text for column in columns for text in column]
     for i in range(n):
         (folder / f"{i:06d}.txt").write_text(texts[i % len(texts)])
-    with tarfile.open(archive_of([str(folder / "0.txt")]), "w:xz", preset=1) as tar:
+    archive = archive_of([str(folder / "0.txt")])
+    with tarfile.open(archive, "w:xz", preset=1, format=tarfile.GNU_FORMAT) as tar:  # as of tar -J
         tar.add(folder, folder.name)
 
 
