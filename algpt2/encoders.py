@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from .detokenizers import detokenize
+from .parallel import return_freed_memory
 from .report import log
 from .tokenization_algpt2 import TextTokenizer
 
 ENCODERS = ("gigatoken", "tokenizers")  # by name
 
-CACHE_BYTES = 400 << 20  # that a process may grow by before the encoder is made anew
+CACHE_BYTES = 112 << 20  # that a process may grow by before the encoder is made anew
 ENCODED_BYTES = 1 << 30  # the same where the system does not tell a process's size
 CHECK_BYTES = 4 << 20  # encoded between two looks at the process's size
 PIECE_BYTES = 1 << 24  # a longer document is encoded in pieces
@@ -50,6 +51,7 @@ class FastEncoder:
         before = content["pre_tokenizer"] or {}
         self._can_cut = before.get("type") == "ByteLevel" and not before["add_prefix_space"]
         self._json = json.dumps(content)
+        self._encoder = None
         self._load()
 
     def __call__(self, text: bytes) -> np.ndarray:
@@ -74,7 +76,9 @@ class FastEncoder:
     def _load(self) -> None:
         from gigatoken.gigatoken_rs import load_hf_json
 
-        self._encoder = None  # the old one's memory first
+        if self._encoder is not None:
+            self._encoder = None  # the old one's memory first, else it would not count as free:
+            return_freed_memory()  # each new encoder could grow by as much as all before
         self._encoder = load_hf_json(self._json)
         self._start_bytes, self._bytes, self._next_check = _process_bytes(), 0, CHECK_BYTES
 

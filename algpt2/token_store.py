@@ -9,14 +9,14 @@ the work folder, the last only when the others are complete:
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from .tfrecords import write_file
 from .tokenization_algpt2 import TextTokenizer
 
 TASK_FILES, TASK_BYTES = 4096, 64 << 20  # a task has at most so many files, and about so much text
-OPEN_FILES = 64  # of tokens, mapped at a time: each holds a file descriptor
+OPEN_FILES = 64  # of tokens
 BATCH_BYTES = 1 << 18  # of text whose tokens are written at once
 # What the encoders are compared on: at most the first 64 KiB of 16 tasks, half a second of one
 # core, or 1/1000 of the text, which takes a tenth of the time of packing it.
@@ -293,7 +293,8 @@ class TokenStore:
 
     def __init__(self, work: Path, sizes: Sequence[int], dtype: str) -> None:
         self.work, self.sizes, self.dtype = work, tuple(sizes), dtype
-        self._map = functools.lru_cache(OPEN_FILES)(self._map_tokens)
+        self._files: dict[int, BinaryIO] = {}  # by task, at most OPEN_FILES
+        weakref.finalize(self, _close, self._files)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenStore, (self.work, self.sizes, self.dtype)
@@ -308,19 +309,38 @@ class TokenStore:
             while length:
                 n = min(length, int(ends[task]) - start)
                 inside = start - int(ends[task]) + self.sizes[task]
-                tokens[place : place + n] = self._map(task)[inside : inside + n]
+                self._read_into(tokens[place : place + n], task, inside)
                 place, start, length, task = place + n, start + n, length - n, task + 1
         return tokens
 
-    def _map_tokens(self, task: int) -> np.ndarray:
-        path = self.work / f"{task:05d}.tokens"
-        dtype = np.dtype(self.dtype).newbyteorder("<")
-        return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+    def _open(self, task: int) -> BinaryIO:
+        if task not in self._files:
+            if len(self._files) == OPEN_FILES:
+                self._files.pop(next(iter(self._files))).close()
+            path = self.work / f"{task:05d}.tokens"
+            self._files[task] = path.open("rb", buffering=0)
+        return self._files[task]
+
+    def _read_into(self, tokens: np.ndarray, task: int, start: int) -> None:
+        """Fill `tokens` from `start` on in a task's file. Not through a memory map: the pages that
+        were read would count as this process's memory, gigabytes of a large shard."""
+        file = self._open(task)
+        file.seek(start * tokens.itemsize)
+        left = memoryview(tokens).cast("B")
+        while left:
+            if not (n := file.readinto(left)):
+                raise OSError(f"{file.name} is cut off: it was whole when this command began")
+            left = left[n:]
 
     def documents(self) -> np.ndarray:
         """The `DOCUMENT` records of all tasks in order."""
         paths = [self.work / f"{task:05d}.documents" for task in range(len(self.sizes))]
         return np.concatenate([np.fromfile(path, DOCUMENT) for path in paths])
+
+
+def _close(files: dict[int, BinaryIO]) -> None:
+    for file in files.values():
+        file.close()
 
 
 class StreamRows:

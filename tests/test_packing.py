@@ -713,3 +713,21 @@ class DyingTokenizer(CharacterTokenizer):
         if multiprocessing.parent_process() is not None and self.n_texts > 20:  # of 60, tasks of 7
             os.kill(os.getpid(), signal.SIGKILL)
         return super().encode_batch(texts)
+
+
+def test_tokens_are_read_with_few_files_open_and_none_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_store, "OPEN_FILES", 2)
+    streams = [np.arange(i, i + 4, dtype="<u2") for i in range(0, 20, 4)]
+    for task, tokens in enumerate(streams):
+        (tmp_path / f"{task:05d}.tokens").write_bytes(tokens.tobytes())
+    store = TokenStore(tmp_path, [4] * 5, "uint16")
+    for start, length in [(0, 20), (3, 10), (18, 2), (0, 1)]:
+        tokens = store.read(Segments(np.array([start]), np.array([length])))
+        assert tokens.tolist() == list(range(start, start + length))
+        assert len(store._files) <= 2
+    files = list(store._files.values())
+    (tmp_path / "00000.tokens").write_bytes(b"\0\0")
+    with pytest.raises(OSError, match="00000.tokens is cut off"):
+        store.read(Segments(np.array([0]), np.array([20])))
+    del store
+    assert all(file.closed for file in files)
