@@ -727,7 +727,7 @@ def test_tokens_are_read_with_few_files_open_and_none_left(tmp_path, monkeypatch
         assert len(store._files) <= 2
     files = list(store._files.values())
     (tmp_path / "00000.tokens").write_bytes(b"\0\0")
-    with pytest.raises(OSError, match="00000.tokens is cut off"):
+    with pytest.raises(OSError, match=r"00000\.tokens is cut off"):
         store.read(Segments(np.array([0]), np.array([20])))
     del store
     assert all(file.closed for file in files)
