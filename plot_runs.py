@@ -18,10 +18,17 @@ LABELS = {"tokens": "training tokens", "step": "optimizer steps", "elapsed_s": "
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, draw, write."""
+    from algpt2.report import METRICS_FILE
+
     options = parse(PlotOptions, argv)
     path = Path(options.save_path)
     check_output(path, options.overwrite)
-    runs = {run: read_run(Path(run)) for run in options.runs}
+    folders = options.runs or [
+        str(p.parent) for p in sorted(Path("runs").glob(f"*/{METRICS_FILE}"))
+    ]
+    if not folders:
+        raise UserError(f"no run to draw: expected its folder, or runs/*/{METRICS_FILE} here")
+    runs = {run: read_run(Path(run)) for run in folders}
     figure = draw(runs, options.x, options.smooth)
     partial = path.with_name(f".{path.stem}.partial.png")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -455,7 +455,9 @@ class TFRecordOptions:
 class PlotOptions:
     """Draw the loss and learning-rate curves of one or several runs to a PNG."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]  # folders of runs (or their metrics.jsonl)
+    runs: tyro.conf.Positional[
+        tuple[str, ...]
+    ]  # folders of runs (or metrics.jsonl); default: runs/*
     save_path: str = "curves.png"  # image to write
     x: Literal["tokens", "step", "elapsed_s"] = "tokens"  # what the curves run over
     smooth: int = 10  # lines of metrics.jsonl averaged per drawn point; 1: none

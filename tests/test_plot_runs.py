@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +54,15 @@ def test_what_is_no_run_is_a_user_error(tmp_path, content):
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(UserError):
         plot_runs.main([str(tmp_path)])
+
+
+def test_without_arguments_it_draws_what_is_in_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no run to draw"):
+        plot_runs.main([])
+    assert not Path("curves.png").exists()
+    Path("runs/a").mkdir(parents=True)
+    line = {"step": 1, "tokens": 4, "loss": 2.0, "lr": 0.1, "elapsed_s": 1.0}
+    Path("runs/a/metrics.jsonl").write_text(json.dumps(line) + "\n")
+    plot_runs.main([])
+    assert Path("curves.png").exists()
