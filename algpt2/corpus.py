@@ -13,7 +13,6 @@ silently: a `CorpusReport` counts what is not a document.
 """
 
 import codecs
-import contextlib
 import glob
 import hashlib
 import itertools
@@ -352,6 +351,7 @@ def _wide_space() -> dict[int, tuple[int, np.ndarray]]:
 
 
 _WIDE_SPACE = _wide_space()
+_FIRST_WIDE = np.uint8(min(_WIDE_SPACE))
 
 
 def count_words(raw: bytes) -> int:
@@ -379,10 +379,11 @@ def _is_space(raw: bytes) -> np.ndarray:
     if raw.isascii():
         return space
     values = np.frombuffer(raw + b"\0\0", np.uint8)
+    leads = np.flatnonzero(values >= _FIRST_WIDE)  # one pass over all bytes, the others over few
     for first, (n_bytes, table) in _WIDE_SPACE.items():
         if first not in raw:
             continue
-        at = np.flatnonzero(values == first)
+        at = leads[values[leads] == first]
         others = values[at + 1].astype(np.uint16)
         if n_bytes == 3:
             others = others << 8 | values[at + 2]
@@ -522,13 +523,13 @@ class _Listing:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                with contextlib.suppress(OSError):  # a link to itself, or through a closed folder
-                    if entry.is_dir():
-                        names.append(entry.name + "/")
-                        continue
-                    if entry.is_file():
-                        names.append(entry.name)
-                        continue
+                try:
+                    is_dir, is_file = entry.is_dir(), entry.is_file()
+                except OSError:  # a link to itself, or through a closed folder
+                    is_dir = is_file = False
+                if is_file or is_dir:
+                    names.append(entry.name if is_file else entry.name + "/")
+                    continue
                 self.report.other_files[file_suffix(entry.name)] += 1  # a pipe, a link to nowhere
         return sorted(names)
 

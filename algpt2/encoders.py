@@ -11,7 +11,7 @@ import functools
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -29,12 +29,12 @@ ENCODED_BYTES = 1 << 30  # the same where the system does not tell a process's s
 CHECK_BYTES = 4 << 20  # encoded between two looks at the process's size
 PIECE_BYTES = 1 << 24  # a longer document is encoded in pieces
 
-Encode = Callable[[bytes], np.ndarray]  # a text as UTF-8
+Encode = Callable[[Sequence[bytes]], list[np.ndarray]]  # texts as UTF-8 to the ids of each
 
 
 class FastEncoder:
-    """gigatoken behind one call: `encoder(text)` gives the ids of UTF-8, uint16 or uint32
-    (n_tokens,).
+    """gigatoken behind one call: `encoder(texts)` gives the ids of each text (UTF-8), uint16 or
+    uint32 (n_tokens,).
 
     Control codes written out in the text are ordinary text, as in `TextTokenizer`.
 
@@ -43,35 +43,50 @@ class FastEncoder:
     """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
-        content = json.loads(tokenizer.to_json())
+        # The model stands last and is megabytes: not parsed and written again, 0.15 s.
+        head, key, model = tokenizer.to_json().partition(',"model":')
+        content = json.loads(head + "}")
         if not all(token["special"] for token in content["added_tokens"]):
             raise ValueError("it has added tokens that are found in ordinary text")
         self._oracle = tokenizer
         content["added_tokens"], content["post_processor"] = [], None
         before = content["pre_tokenizer"] or {}
         self._can_cut = before.get("type") == "ByteLevel" and not before["add_prefix_space"]
-        self._json = json.dumps(content)
+        self._json = json.dumps(content).removesuffix("}") + key + model
         self._encoder = None
         self._load()
 
-    def __call__(self, text: bytes) -> np.ndarray:
-        if self._can_cut and len(text) > PIECE_BYTES:
-            ids = bytearray()  # grows in place: of gigabytes there is one copy
-            for piece in _pieces(text):
-                ids += self._encode(piece).astype(self._oracle.dtype).data
-            return np.frombuffer(ids, self._oracle.dtype)
-        return self._encode(text)
+    def __call__(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        if max(map(len, texts)) > PIECE_BYTES:
+            return [self._in_pieces(text) for text in texts]
+        # Together: by the text it takes a fifth of the time of encoding.
+        if has_unassigned(b"".join(text for text in texts if not text.isascii())):
+            return [self._encode(text) for text in texts]
+        self._look_at_memory(sum(map(len, texts)))
+        return [self._encoder.encode(text) for text in texts]
+
+    def _in_pieces(self, text: bytes) -> np.ndarray:
+        if not self._can_cut or len(text) <= PIECE_BYTES:
+            return self._encode(text)
+        ids = bytearray()  # grows in place: of gigabytes there is one copy
+        for piece in _pieces(text):
+            ids += self._encode(piece).astype(self._oracle.dtype).data
+        return np.frombuffer(ids, self._oracle.dtype)
 
     def _encode(self, text: bytes) -> np.ndarray:
         if not text.isascii() and has_unassigned(text):
             return self._oracle.encode_batch([text.decode()])[0]
-        self._bytes += len(text)
+        self._look_at_memory(len(text))
+        return self._encoder.encode(text)
+
+    def _look_at_memory(self, n_bytes: int) -> None:
+        """Begin anew if the process has grown too much; `n_bytes` are about to be encoded."""
+        self._bytes += n_bytes
         if self._bytes >= self._next_check:
             self._next_check = self._bytes + CHECK_BYTES
             grown = _process_bytes() - self._start_bytes
             if grown > CACHE_BYTES or (not self._start_bytes and self._bytes > ENCODED_BYTES):
                 self._load()
-        return self._encoder.encode(text)
 
     def _load(self) -> None:
         from gigatoken.gigatoken_rs import load_hf_json
@@ -128,10 +143,8 @@ def choose_encoder(tokenizer: TextTokenizer, texts: Iterable[bytes]) -> dict[str
         encoder = build_encoder(tokenizer, "gigatoken", None)  # the very call of the tasks: kept
         texts = list(texts)
         expected = tokenizer.encode_batch([text.decode() for text in texts])  # on all cores
-        differences = sum(
-            not np.array_equal(encoder(text), ids)
-            for text, ids in zip(texts, expected, strict=True)
-        )
+        pairs = zip(encoder(texts) if texts else [], expected, strict=True)
+        differences = sum(not np.array_equal(ids, expected_ids) for ids, expected_ids in pairs)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the Rust side is no Exception
@@ -162,7 +175,7 @@ def build_encoder(tokenizer: TextTokenizer, name: str, detokenizer: str | None =
     """
     if detokenizer is not None:
         encode = build_encoder.__wrapped__(tokenizer, name)
-        return lambda text: encode(detokenize(text, detokenizer))
+        return lambda texts: encode([detokenize(text, detokenizer) for text in texts])
     if name == "gigatoken":
         return FastEncoder(tokenizer)
-    return lambda text: tokenizer.encode_batch([text.decode()])[0]
+    return lambda texts: tokenizer.encode_batch([text.decode() for text in texts])

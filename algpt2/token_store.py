@@ -225,7 +225,7 @@ def encode_documents(
     dtype = np.dtype(dtype).newbyteorder("<")
     start = np.array([] if start_id is None else [start_id], dtype)
     for batch in _batches(texts):
-        ids = [encode(text) for text, _ in batch]
+        ids = encode([text for text, _ in batch])
         parts = [part for tokens in ids for part in (start, tokens)]
         # In one pass: an array of its own in between would cost more than the conversion.
         stream = np.concatenate(parts, dtype=dtype, casting="unsafe")

@@ -56,7 +56,8 @@ class TextTokenizer:
         self._end_of_text = end_of_text
         self.eot_id: int = tokenizer.token_to_id(end_of_text)
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
-        self.fingerprint = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+        self._json = tokenizer.to_str()
+        self.fingerprint = hashlib.sha256(self._json.encode()).hexdigest()
         added = tokenizer.get_added_tokens_decoder().items()
         self.special_ids = sorted({self.eot_id} | {i for i, token in added if token.special})
         self.n_new_codes = 0
@@ -75,7 +76,7 @@ class TextTokenizer:
         new = [code for code, i in known.items() if i is None]
         if not new:
             return self
-        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer = Tokenizer.from_str(self._json)
         tokenizer.add_special_tokens([AddedToken(code, normalized=False) for code in new])
         result = TextTokenizer(tokenizer, self.folder, self._end_of_text)
         result.n_new_codes = len(new)
@@ -87,7 +88,7 @@ class TextTokenizer:
 
     def to_json(self) -> str:
         """The canonical tokenizer.json."""
-        return self._tokenizer.to_str()
+        return self._json
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One array of ids (n_tokens,) per text; no special token is added."""
@@ -109,7 +110,7 @@ class TextTokenizer:
         codes = [self.decode([i]) for i in self.special_ids]
         config = _config("PreTrainedTokenizerFast", self._end_of_text, codes)
         (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
-        (folder / "tokenizer.json").write_text(self._tokenizer.to_str(), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(self._json, encoding="utf-8")
         for name in () if self.n_new_codes else TOKENIZER_FILES:
             if (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
                 shutil.copyfile(self.folder / name, folder / name)

@@ -74,13 +74,10 @@ def contents(folder):
 # --- the arithmetic ------------------------------------------------------------------------------
 
 
-def encode(text):
-    return TOKENIZER.encode_batch([text])[0]
-
-
 def blocks(texts, start_id=EOT):
     pairs = ((text, None) for text in texts)
-    return [block.tolist() for block, _ in encode_documents(pairs, encode, start_id, np.uint16)]
+    found = encode_documents(pairs, TOKENIZER.encode_batch, start_id, np.uint16)
+    return [block.tolist() for block, _ in found]
 
 
 def test_each_document_starts_with_the_code():
