@@ -32,11 +32,19 @@ from algpt2.options import DEFAULT_TOKENIZER, PackOptions, parse
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Pack `--path` into `--save_path`, or check the shards in `--verify`."""
+    """Pack text, or check the shards in `--verify`."""
     options = parse(PackOptions, argv)
     if options.verify:
         check(options)
         return
+    from algpt2.archives import read_ahead
+
+    with read_ahead(options.path):
+        pack_text(options)
+
+
+def pack_text(options: PackOptions) -> None:
+    """Pack `--path` into `--save_path`."""
     # Behind the options, so that --help answers at once.
     from algpt2.packing import pack
     from algpt2.report import log

@@ -5,17 +5,21 @@ a member's name is only a name (its suffix tells its kind), so absolute paths an
 Everything that is damaged or cut off is a `Broken` that says where; nothing ends early in silence.
 """
 
+import contextlib
 import io
 import lzma
 import os
-import queue
 import re
+import stat
+import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from . import unxz
 from .errors import describe
+from .parallel import TasksStopped
 
 __all__ = [
     "Broken",
@@ -25,13 +29,12 @@ __all__ = [
     "decompressed",
     "is_tar_header",
     "look_ahead",
+    "read_ahead",
 ]
 
 BLOCK = 512  # bytes; a tar consists of blocks
 BUFFER_BYTES = 1 << 20  # read at once
-# Decompressed before it is asked for: chunks of up to so many bytes, as many of them.
-AHEAD_BYTES, AHEAD_CHUNKS = 1 << 24, 2
-SWITCH_S = 5e-4  # see _ReadAhead
+XZ_SUFFIXES = (".xz", ".txz", ".xsz")
 MAX_NAME_BYTES = 1 << 20  # of a long name or a pax header: what is longer is no name
 # Type flags of POSIX ustar, pax and GNU tar.
 REGULAR, LONG_NAME, PAX, PASSED_OVER = b"0\0" + b"7", b"L", b"x", b"gXKVNM"
@@ -78,89 +81,78 @@ class _Prefixed(io.RawIOBase):
         return n
 
 
-class _Xz:
-    """xz streams, one behind the other or padded, as one. `lzma.LZMAFile` takes what follows
-    padding for the end of the file."""
+class _Process:
+    """xz that a process of its own decompresses, ahead of its reader (unxz.py).
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._rest, self._is_first = file, b"", True
-        self._decompressor: lzma.LZMADecompressor | None = None
-
-    def read(self, n: int) -> bytes:
-        """Up to `n` bytes, none at the end."""
-        while True:
-            if self._decompressor is None and not self._start_stream():
-                return b""
-            if self._decompressor.needs_input and not self._rest:
-                self._rest = self._file.read(BUFFER_BYTES)
-                if not self._rest:
-                    raise EOFError("it is cut off")
-            content = self._decompressor.decompress(self._rest, n)
-            self._rest = b""
-            if self._decompressor.eof:
-                self._rest = self._decompressor.unused_data
-                self._decompressor = None
-            if content:
-                return content
-
-    def _start_stream(self) -> bool:
-        """Pass over padding; False at the end of the file."""
-        self._rest = self._rest.lstrip(b"\0")
-        while not self._rest:
-            content = self._file.read(BUFFER_BYTES)
-            if not content:
-                if self._is_first:
-                    raise EOFError("it is empty")
-                return False
-            self._rest = content.lstrip(b"\0")
-        self._is_first = False
-        self._decompressor = lzma.LZMADecompressor()
-        return True
-
-
-class _ReadAhead:
-    """Reads chunks in a thread: xz decompresses outside of Python's lock, while documents are
-    made of what came before.
-
-    The thread takes the lock each time that lzma's output grows, five times for 4 MiB, and waits
-    for it as long as Python lets others keep it: by default 5 ms, a third of all the time. So the
-    chunks are large, but for the first ones, and the wait is short.
+    A thread would wait for Python's lock: 8 % of the time, and most of it while a tokenizer is
+    loaded.
     """
 
-    def __init__(self, read: Callable[[int], bytes]) -> None:
-        self._read = read
-        self._chunks: queue.Queue[bytes | BaseException] = queue.Queue(AHEAD_CHUNKS)
-        self._rest, self._is_closed = memoryview(b""), False
-        sys.setswitchinterval(min(SWITCH_S, sys.getswitchinterval()))
-        threading.Thread(target=self._work, daemon=True).start()
+    def __init__(self, file: BinaryIO) -> None:
+        self.status = os.fstat(file.fileno())
+        self._name = file.name
+        command = [sys.executable, "-I", "-S", unxz.__file__]
+        self._process = subprocess.Popen(
+            command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+            pipesize=BUFFER_BYTES,
+        )  # fmt: skip
 
-    def _work(self) -> None:
-        chunk: bytes | BaseException = b"-"
-        size = BUFFER_BYTES
-        while chunk and not isinstance(chunk, BaseException) and not self._is_closed:
-            try:
-                chunk = self._read(size)
-            except BaseException as error:
-                chunk = error
-            self._chunks.put(chunk)
-            size = min(2 * size, AHEAD_BYTES)
+    def read(self, n: int) -> bytes:
+        """Up to `n` bytes, none at the end.
 
-    def read(self, n: int) -> bytes | memoryview:
-        """Up to `n` bytes, none at the end; raises what reading raised."""
-        if not self._rest and not self._is_closed:
-            chunk = self._chunks.get()
-            self._is_closed = not chunk or isinstance(chunk, BaseException)
-            if isinstance(chunk, BaseException):
-                raise chunk
-            self._rest = memoryview(chunk)
-        content, self._rest = self._rest[:n], self._rest[n:]
+        Raises:
+            EOFError: the file is damaged or cut off.
+            TasksStopped: the process was killed.
+        """
+        content = self._process.stdout.read(n)
+        if not content and (code := self._process.wait()):
+            if code < 0:
+                raise TasksStopped(
+                    f"the process that decompresses {self._name} was killed (out of memory?): what"
+                    " is done is kept; repeat the command"
+                )
+            raise EOFError(self._process.stderr.read().decode(errors="replace").strip())
         return content
 
     def close(self) -> None:
-        """Let the thread end."""
-        self._is_closed = True
-        while not self._chunks.empty():
-            self._chunks.get()
+        """End it, wherever it is."""
+        self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
+        self._process.stderr.close()
+
+
+_begun: list[_Process] = []  # that nobody reads yet
+
+
+@contextlib.contextmanager
+def read_ahead(sources: Sequence[str]) -> Iterator[None]:
+    """If the only source is an .xz, its decompression begins here, before its reader asks for it:
+    importing and loading a tokenizer take as long as a tenth of 300 MB of text."""
+    with contextlib.suppress(OSError):  # what is wrong with it is the reader's to say
+        if len(sources) == 1 and sources[0].endswith(XZ_SUFFIXES):
+            with Path(sources[0]).expanduser().open("rb") as file:
+                if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    _begun.append(_Process(file))
+    try:
+        yield
+    finally:
+        while _begun:
+            _begun.pop().close()
+
+
+def _process_of(file: BinaryIO) -> _Process:
+    """The process that has begun to decompress this very file, or a new one."""
+    status = os.fstat(file.fileno())
+    for process in _begun:
+        if _identity(process.status) == _identity(status):
+            _begun.remove(process)
+            return process
+    return _Process(file)
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class _Decompressed(io.RawIOBase):
@@ -184,7 +176,7 @@ class _Decompressed(io.RawIOBase):
         return len(content)
 
     def close(self) -> None:
-        if isinstance(self._stream, _ReadAhead):
+        if isinstance(self._stream, _Process):
             self._stream.close()
         super().close()
 
@@ -206,12 +198,12 @@ def decompressed(
     """`file` decompressed (None: as it is); damaged or cut off compression is a `Broken`.
 
     Args:
-        is_whole: nobody else reads from `file`: a thread may.
+        is_whole: `file` is a file, and nobody else reads from it: a process may.
     """
     if compression is None:
         return file
     if compression == "xz":
-        stream = _ReadAhead(_Xz(file).read) if is_whole else _Xz(file)
+        stream = _process_of(file) if is_whole else unxz.XzStream(file)
     else:
         import pyarrow as pa  # its zstd notices a file that was cut off; `zstandard` does not
 

@@ -241,6 +241,7 @@ def read_parts(
     text_key: str = "text",
     min_length: int = 0,
     skip_broken: bool = False,
+    is_sample: bool = False,
     limit: int | None = None,
     report: CorpusReport,
 ) -> Iterator[bytes]:
@@ -250,7 +251,8 @@ def read_parts(
     `line_by_line` has to be what `list_parts` was told. UTF-8 takes a quarter of the memory that a
     long text takes as a string with a single emoji in it.
     """
-    return _read(parts, Reading(text_key, line_by_line, min_length, skip_broken), limit, report)
+    reading = Reading(text_key, line_by_line, min_length, skip_broken, is_sample)
+    return _read(parts, reading, limit, report)
 
 
 def _read(

@@ -45,6 +45,8 @@ class FastEncoder:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         # The model stands last and is megabytes: not parsed and written again, 0.15 s.
         head, key, model = tokenizer.to_json().partition(',"model":')
+        if not key:
+            raise ValueError("its tokenizer.json has the model in another place")
         content = json.loads(head + "}")
         if not all(token["special"] for token in content["added_tokens"]):
             raise ValueError("it has added tokens that are found in ordinary text")

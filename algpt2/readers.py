@@ -79,6 +79,7 @@ class Reading:
     line_by_line: bool = False  # each line is a document
     min_length: int = 0  # characters; shorter documents are left out
     skip_broken: bool = False  # leave out what is damaged, counted, instead of stopping
+    is_sample: bool = False  # only the first documents are wanted
 
 
 # --- what a name says ----------------------------------------------------------------------------
@@ -212,7 +213,8 @@ class PartReader:
 
     def _read_one(self, path: str, stamp: int, kind: str) -> RawTexts:
         with _unchanged(path, stamp) as file:
-            yield from self._read_stream(kind, file, path, path, is_whole=True)
+            is_whole = not self.reading.is_sample
+            yield from self._read_stream(kind, file, path, path, is_whole=is_whole)
 
     def _read_lines_part(self, part: "Part") -> RawTexts:
         with _unchanged(part.name, part.stamps[0]) as file:
@@ -283,7 +285,7 @@ class PartReader:
         is_whole: bool = False,
     ) -> RawTexts:
         """What `file` holds, decompressed if its name says so; `depth` counts the archives, and of
-        a file that `is_whole` nobody else reads."""
+        a file that `is_whole` nobody else reads, and all is wanted."""
         stream = decompressed(file, split_suffix(name)[1], where, is_whole=is_whole)
         if kind == "stream":
             head, stream = look_ahead(stream, BLOCK)

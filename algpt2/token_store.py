@@ -112,7 +112,8 @@ def sample(tasks: Sequence[Task], reading: dict[str, Any]) -> Iterator[bytes]:
     low, high = SAMPLE_BYTES
     for task in tasks[::step]:
         left = min(high, max(low, size // SAMPLE_SHARE // SAMPLE_TASKS))
-        for text in read_parts(task.parts, **reading, limit=task.limit, report=CorpusReport()):
+        options = {**reading, "is_sample": True, "limit": task.limit}
+        for text in read_parts(task.parts, **options, report=CorpusReport()):
             yield text[:left].decode(errors="ignore").encode()  # no character is cut
             left -= len(text)
             if left <= 0:

@@ -1,11 +1,13 @@
 """Archives as corpora: the same documents as unpacked, damage is named, nothing is followed."""
 
 import bz2
+import gc
 import gzip
 import io
 import lzma
 import os
 import random
+import signal
 import stat
 import tarfile
 import zipfile
@@ -19,6 +21,7 @@ from algpt2 import archives, corpus
 from algpt2.archives import Broken, TarStream
 from algpt2.corpus import BrokenInput, CorpusReport, list_parts, read_parts
 from algpt2.errors import UserError
+from algpt2.parallel import TasksStopped
 
 NAMES = ("a.txt", "b/c.md", "d", "x" * 90 + "/" + "y" * 90 + ".txt", "ü" * 60 + ".txt")
 FILES = {name: f"{name} says {'word ' * i}".encode() for i, name in enumerate(NAMES)}
@@ -358,3 +361,69 @@ def test_an_archive_that_changes_after_it_was_listed_is_an_error(tmp_path):
     Path(path).unlink()
     with pytest.raises(UserError, match=r"a.tar has changed .* \(it is gone\)"):
         list(read_parts(parts, report=CorpusReport()))
+
+
+# --- xz in a process of its own ------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The processes that decompress, in the order of their start."""
+    processes = []
+
+    class Watched(archives._Process):
+        def __init__(self, file):
+            super().__init__(file)
+            processes.append(self._process)
+
+    monkeypatch.setattr(archives, "_Process", Watched)
+    return processes
+
+
+def test_decompression_begins_before_it_is_asked_for(tmp_path, started):
+    path = write(tmp_path / "a.tar.xz", lzma.compress(pack_tar()))
+    with archives.read_ahead([str(path)]):
+        assert len(started) == 1 and read(path) == TEXTS and len(started) == 1
+        assert read(path) == TEXTS and len(started) == 2  # the first was used up
+    assert all(process.returncode == 0 for process in started)
+
+
+def test_a_process_that_nobody_needed_ends(tmp_path, started):
+    large = write(tmp_path / "a.xz", lzma.compress(bytes(1 << 22)))  # more than a pipe holds
+    with archives.read_ahead([str(large)]):
+        pass
+    assert started[0].returncode == -signal.SIGKILL
+    for sources in (["a.xz", "b.xz"], [str(tmp_path)], [str(tmp_path / "none.xz")]):
+        with archives.read_ahead(sources):
+            assert len(started) == 1
+
+
+def test_what_was_begun_of_another_file_is_not_read(tmp_path, started):
+    path = write(tmp_path / "a.xz", lzma.compress(b"before"))
+    with archives.read_ahead([str(path)]):
+        write(tmp_path / "b.xz", lzma.compress(b"behind")).replace(path)
+        assert read(path) == ["behind"] and len(started) == 2
+
+
+def test_a_sample_takes_no_process(tmp_path, started):
+    path = write(tmp_path / "a.tar.xz", lzma.compress(pack_tar()))
+    texts = read_parts(list_parts([str(path)]), is_sample=True, report=CorpusReport())
+    assert next(texts).decode() == TEXTS[0] and not started
+
+
+def test_a_process_that_is_killed_is_no_damage(tmp_path, started):
+    path = write(tmp_path / "a.tar.xz", lzma.compress(pack_tar(FILES | {"z.txt": b"z" * 10**8})))
+    texts = read_parts(list_parts([str(path)]), skip_broken=True, report=CorpusReport())
+    next(texts)
+    started[0].kill()
+    with pytest.raises(TasksStopped, match=r"that decompresses .*a.tar.xz was killed"):
+        list(texts)
+
+
+def test_a_reader_that_stops_early_ends_the_process(tmp_path, started):
+    path = write(tmp_path / "a.tar.xz", lzma.compress(pack_tar(FILES | {"z.txt": b"z" * 10**8})))
+    texts = read_parts(list_parts([str(path)]), report=CorpusReport())
+    next(texts)
+    texts.close()
+    gc.collect()
+    assert started[0].returncode == -signal.SIGKILL

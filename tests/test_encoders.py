@@ -119,7 +119,7 @@ def test_a_tokenizer_that_it_does_not_know_is_left_to_tokenizers(tokenizer, caps
         def to_json(self):
             content = json.loads(super().to_json())
             content["added_tokens"][0]["special"] = False
-            return json.dumps(content)
+            return json.dumps(content, separators=(",", ":"))
 
     unknown = Unknown(tokenizer._tokenizer, tokenizer.folder, "<|endoftext|>")
     assert choose_encoder(unknown, [b"a"])["name"] == "tokenizers"
