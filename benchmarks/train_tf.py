@@ -5,8 +5,10 @@
 
 keras-hub is no part of the installation: `pip install --no-deps keras-hub`, or it is left out.
 0.32.0 runs with Keras 3.15.1, without tensorflow-text. It trains with Keras' `fit`, AdamW and
-clipping at 1, without dropout, like the others; of an ALGPT2 it is the GPT-2 of the same shape. The
-input is that of train_tfrecords.py and of train_tf.py alone. Results: results/train_tf.json.
+clipping at 1, without dropout, like the others; of an ALGPT2 it is the GPT-2 of the same shape.
+"products alone" are TensorFlow's matrix products of a step and nothing else: the fastest step that
+there could be. The input is that of train_tfrecords.py and of train_tf.py alone. Results:
+results/train_tf.json.
 """
 
 import importlib.util
@@ -44,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.measure:
         return answer({
             "train_tf.py": measure_train_tf, "train_pt.py": measure_train_pt,
-            "keras-hub fit": measure_keras_hub, "shards": measure_shards, "rows": measure_rows,
+            "keras-hub fit": measure_keras_hub, "products alone": measure_products,
+            "shards": measure_shards, "rows": measure_rows,
         }, options)  # fmt: skip
-    contestants = ["train_tf.py", "train_pt.py"]
+    contestants = ["train_tf.py", "train_pt.py", "products alone"]
     if importlib.util.find_spec("keras_hub"):
         contestants.append("keras-hub fit")
     else:
@@ -142,6 +145,39 @@ def measure_keras_hub(config: str, options: Options) -> dict[str, float]:
         batch_size=options.batch_size, callbacks=[Clock()],
     )  # fmt: skip
     return result([b - a for a, b in itertools.pairwise(times[1:])], options)
+
+
+def measure_products(config: str, options: Options) -> dict[str, float]:
+    """The matrix products of a step: of each forward one, two more backward."""
+    import tensorflow as tf
+
+    shape = no_dropout(config)
+    n, t, width, heads = options.batch_size, options.seq_len, shape.n_embd, shape.n_head
+    inner, embedding = shape.inner_size, shape.embedding_size
+    linear = [(width, 3 * width), (width, width), (width, inner), (inner, width)]
+    products = [([n * t], size, shape.n_layer) for size in linear]
+    products += [([n * heads, t], (width // heads, t), 2 * shape.n_layer)]  # scores and their mix
+    products += [([n * t], (embedding, shape.vocab_size), 1)]
+    if embedding != width:
+        products += [([n * t], (embedding, width), 2)]
+    draw = tf.random.Generator.from_seed(0)
+    arrays = [
+        (draw.normal([*rows, k]), draw.normal([*rows[:-1], k, columns]), times)
+        for rows, (k, columns), times in products
+    ]
+
+    def step() -> None:
+        for a, b, times in arrays:
+            for _ in range(times):
+                y = tf.matmul(a, b)
+                tf.matmul(y, b, transpose_b=True), tf.matmul(a, y, transpose_a=True)
+
+    seconds = []
+    for _ in range(options.steps + 2):
+        start_s = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start_s)
+    return result(seconds[2:], options)
 
 
 def measure_shards(config: str, options: Options) -> dict[str, float]:
