@@ -23,6 +23,7 @@ from algpt2.evaluation_sets import (
     EvalSet,
     Evaluator,
     choose_detokenizer,
+    evaluation_of_rows,
     find_sets,
     read_passages,
     row_stream,
@@ -31,7 +32,7 @@ from algpt2.options import DataOptions, EvalOptions, ModelOptions, PackOptions, 
 from algpt2.packing import pack
 from algpt2.report import read_json_lines
 from algpt2.runs import open_or_pack
-from algpt2.tfrecords import open_rows
+from algpt2.tfrecords import open_rows, read_manifest
 from algpt2.tokenization_algpt2 import load_tokenizer
 
 ROOT = Path(train_pt.__file__).parent
@@ -337,6 +338,14 @@ def test_training_and_both_evaluations_agree_with_a_detokenizer(run, tmp_path):
     evaluate(tmp_path / "tuned", f"--eval_sets={shards}", *flags[:3])
     assert records(tmp_path / "tuned")[-1]["text"] == "wikitext detokenizer"
     assert records(tmp_path / "tuned")[-1]["measures"] == rows["measures"]
+    options = TrainOptions(
+        eval_only=True, model=ModelOptions(checkpoint=str(tmp_path / "tuned")),
+        data=DataOptions(val_path=(str(shards), "here/valid")),
+    )  # fmt: skip
+    one = evaluation_of_rows(options, read_manifest(shards), 1.0, "float32")
+    # The card and evaluation.json may become public: nothing of this machine's folders.
+    assert (one.text, one.set) == ("wikitext detokenizer", f"{shards.name} here/valid")
+    assert rows["set"] == "wiki.txt" and str(tmp_path) not in json.dumps(rows)
 
 
 def rows_of(path, detokenizer, run):
