@@ -260,10 +260,15 @@ def decode_documents(rows: PackedRows, tokenizer: TextTokenizer) -> Iterator[str
         yield tokenizer.decode(ids)
 
 
-def row_stream(rows: PackedRows) -> np.ndarray:
-    """The tokens (n_rows * seq_len + 1,) of packed rows, which overlap by one, as one stream."""
-    ids = np.arange(len(rows))
-    return np.concatenate([rows[ids][:, :-1].ravel(), rows[ids[-1:]][0, -1:]])
+def row_streams(rows: PackedRows) -> list[np.ndarray]:
+    """The tokens of packed rows, which overlap by one, as one stream (n_rows * seq_len + 1,).
+
+    Rows of several texts that were joined, one for each of `--control_codes`, are as many streams:
+    where one ends, the next row does not begin with its last token.
+    """
+    table = rows[np.arange(len(rows))]
+    ends = 1 + np.flatnonzero(table[:-1, -1] != table[1:, 0])
+    return [np.append(part[:, :-1], part[-1, -1]) for part in np.split(table, ends)]
 
 
 # --- scoring sets --------------------------------------------------------------------------------
@@ -322,7 +327,7 @@ class Evaluator:
         rows = open_rows(one.paths[0])
         if rows.manifest.tokenizer_sha256 != self.tokenizer.fingerprint:
             raise UserError(f"{rows.folder} was packed with another tokenizer than the model's")
-        nats, n_tokens = text_nats(self.model, [row_stream(rows)], self.stride, tick)
+        nats, n_tokens = text_nats(self.model, row_streams(rows), self.stride, tick)
         texts = decode_documents(rows, self.tokenizer)
         return self._text_measures(nats, n_tokens, text_totals(rows.manifest), texts)
 

@@ -26,7 +26,7 @@ from algpt2.evaluation_sets import (
     evaluation_of_rows,
     find_sets,
     read_passages,
-    row_stream,
+    row_streams,
 )
 from algpt2.options import DataOptions, EvalOptions, ModelOptions, PackOptions, TrainOptions
 from algpt2.packing import pack
@@ -214,12 +214,24 @@ def test_shards_are_one_stream(corpus, tokenizer_folder, tmp_path):
     texts = [path.read_text() for path in sorted((corpus / "valid").iterdir())]
     stream = [i for ids in tokenizer.encode_batch(texts) for i in (tokenizer.eot_id, *ids.tolist())]
     rows = open_rows(tmp_path / "shards")
-    assert row_stream(rows).tolist() == stream[: manifest.n_rows * 16 + 1]
+    (found,) = row_streams(rows)
+    assert found.tolist() == stream[: manifest.n_rows * 16 + 1]
     assert evaluation.details["scored_tokens"] == manifest.n_rows * 16
     assert evaluation.measures[1].value == pytest.approx(300)
     nats = manifest.tokens * math.log(300)  # of all tokens of the text, as its words are of all
     n_words = sum(len(text.split()) + text.count("\n") for text in texts)
     assert evaluation.measures[2].value == pytest.approx(math.exp(nats / n_words))
+
+
+def test_texts_with_codes_of_their_own_are_streams_of_their_own(corpus, tokenizer_folder):
+    codes = ("<|a|>", "<|b|>")
+    tokenizer = load_tokenizer(str(tokenizer_folder)).with_control_codes(codes)
+    paths = [str(path) for path in sorted((corpus / "valid").iterdir())[:2]]
+    rows = open_or_pack(paths, DataOptions(control_codes=codes), tokenizer, 16)
+    streams = row_streams(rows)
+    assert [stream[0] for stream in streams] == [300, 301]
+    assert sum(len(stream) - 1 for stream in streams) == len(rows) * 16
+    assert not {300, 301} & {*np.concatenate([stream[1:] for stream in streams]).tolist()}
 
 
 def test_lambada_is_read_in_every_form_it_comes_in(tmp_path):
