@@ -71,7 +71,7 @@ def evaluate_only(options: TrainOptions) -> None:
 
     processes = training_pt.start_processes(options)
     model_card.check_hub(options.report.push_to_hub)
-    tokenizer = runs.choose_tokenizer(options.data, options.model)
+    tokenizer = runs.choose_tokenizer(options.data, options.model, trains=False)
     results = evaluation_sets.ResultFiles(runs.result_folder(options.model))
     with processes.main_first():
         seq_len, sets = evaluation_sets.choose_sets(options, tokenizer)
@@ -88,7 +88,7 @@ def sample_only(options: TrainOptions) -> None:
     from algpt2 import runs, sampling, sampling_pt, training_pt
 
     processes = training_pt.start_processes(options)
-    tokenizer = runs.choose_tokenizer(options.data, options.model)
+    tokenizer = runs.choose_tokenizer(options.data, options.model, trains=False)
     model = training_pt.build_model(options.model, tokenizer, None).to(processes.device)
     sampling.print_samples(sampling_pt.sample_texts, model, tokenizer, options)
 

@@ -73,7 +73,7 @@ def evaluate_only(options: TFTrainOptions) -> None:
 
     processes = training_tf.start_processes(options)
     model_card.check_hub(options.report.push_to_hub)
-    tokenizer = runs.choose_tokenizer(options.data, options.model)
+    tokenizer = runs.choose_tokenizer(options.data, options.model, trains=False)
     results = evaluation_sets.ResultFiles(runs.result_folder(options.model))
     seq_len, sets = evaluation_sets.choose_sets(options, tokenizer)
     model = training_tf.build_model(options.model, tokenizer, None, processes.dtype)
@@ -89,7 +89,7 @@ def sample_only(options: TFTrainOptions) -> None:
     from algpt2 import runs, sampling, sampling_tf, training_tf
 
     processes = training_tf.start_processes(options)
-    tokenizer = runs.choose_tokenizer(options.data, options.model)
+    tokenizer = runs.choose_tokenizer(options.data, options.model, trains=False)
     model = training_tf.build_model(options.model, tokenizer, None, processes.dtype)
     sampling.print_samples(sampling_tf.sample_texts, model, tokenizer, options)
 

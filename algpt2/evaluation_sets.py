@@ -113,7 +113,7 @@ def choose_sets(options: TrainOptions, tokenizer: TextTokenizer) -> tuple[int, l
         return seq_len, sets
     seq_len = choose_seq_len(data, model, trains=False)
     rows = open_or_pack(data.val_path, data, tokenizer, seq_len)
-    return seq_len, [EvalSet("shards", " ".join(data.val_path), (rows.folder,))]
+    return seq_len, [EvalSet("shards", model_card.names(data.val_path), (rows.folder,))]
 
 
 def find_sets(sources: Sequence[str]) -> list[EvalSet]:
@@ -260,10 +260,15 @@ def decode_documents(rows: PackedRows, tokenizer: TextTokenizer) -> Iterator[str
         yield tokenizer.decode(ids)
 
 
-def row_stream(rows: PackedRows) -> np.ndarray:
-    """The tokens (n_rows * seq_len + 1,) of packed rows, which overlap by one, as one stream."""
-    ids = np.arange(len(rows))
-    return np.concatenate([rows[ids][:, :-1].ravel(), rows[ids[-1:]][0, -1:]])
+def row_streams(rows: PackedRows) -> list[np.ndarray]:
+    """The tokens of packed rows, which overlap by one, as one stream (n_rows * seq_len + 1,).
+
+    Rows of several texts that were joined, one for each of `--control_codes`, are as many streams:
+    where one ends, the next row does not begin with its last token.
+    """
+    table = rows[np.arange(len(rows))]
+    ends = 1 + np.flatnonzero(table[:-1, -1] != table[1:, 0])
+    return [np.append(part[:, :-1], part[-1, -1]) for part in np.split(table, ends)]
 
 
 # --- scoring sets --------------------------------------------------------------------------------
@@ -300,7 +305,7 @@ class Evaluator:
         return Evaluation(
             set=one.name, sha256=fingerprint(one), n_eval_examples=n_examples,
             measures=tuple(measures), details=details,
-            text=f"{detokenizer} detokenizer" if detokenizer else AS_IT_IS, **self.facts,
+            text=_text_seen(detokenizer), **self.facts,
         )  # fmt: skip
 
     def _text(self, one: EvalSet, change: Callable[[str], str], tick: Callable) -> Scored:
@@ -322,7 +327,7 @@ class Evaluator:
         rows = open_rows(one.paths[0])
         if rows.manifest.tokenizer_sha256 != self.tokenizer.fingerprint:
             raise UserError(f"{rows.folder} was packed with another tokenizer than the model's")
-        nats, n_tokens = text_nats(self.model, [row_stream(rows)], self.stride, tick)
+        nats, n_tokens = text_nats(self.model, row_streams(rows), self.stride, tick)
         texts = decode_documents(rows, self.tokenizer)
         return self._text_measures(nats, n_tokens, text_totals(rows.manifest), texts)
 
@@ -393,10 +398,14 @@ def evaluation_of_rows(
     context, n_tokens = manifest.seq_len, manifest.n_rows * manifest.seq_len
     measures, details = text_measures(loss * n_tokens, n_tokens, text_totals(manifest))
     return Evaluation(
-        set=" ".join(options.data.val_path), sha256=manifest_fingerprint(manifest), text=AS_IT_IS,
-        n_eval_examples=None, measures=tuple(measures), details=details,
-        **_facts(options, context, context, precision),
+        set=model_card.names(options.data.val_path), sha256=manifest_fingerprint(manifest),
+        text=_text_seen(manifest.detokenizer), n_eval_examples=None, measures=tuple(measures),
+        details=details, **_facts(options, context, context, precision),
     )  # fmt: skip
+
+
+def _text_seen(detokenizer: str | None) -> str:
+    return f"{detokenizer} detokenizer" if detokenizer else AS_IT_IS
 
 
 def _facts(options: TrainOptions, context: int, stride: int, precision: str) -> dict[str, Any]:
@@ -510,11 +519,12 @@ def result_table(evaluations: Sequence[Evaluation]) -> str:
     facts = evaluations[0]
     lines = [["set", "measure", "value", "unit", "over", "text"]]
     for one in evaluations:
+        name = model_card.set_name(one.set, one.n_eval_examples)
         for i, measure in enumerate(one.measures):
-            name = "" if i else _set_name(one)
-            lines.append(
-                [name, measure.name, show(measure.value), measure.unit, measure.over, one.text]
-            )
+            lines.append([
+                "" if i else name, measure.name, show(measure.value), measure.unit, measure.over,
+                one.text,
+            ])  # fmt: skip
     return (
         f"{table(lines, left='set measure unit over text'.split())}\n"
         f"{facts.checkpoint}, context {facts.context}, stride {facts.stride}, matrix products in"
@@ -529,17 +539,14 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
         "--- --- --- ---: ---: --- --- ---: --- ---".split(),
     ]
     for one in evaluations:
+        name = model_card.set_name(one.set, one.n_eval_examples)
         for measure in one.measures:
             lines.append([
-                one.checkpoint, _set_name(one), one.text, str(one.context), str(one.stride),
+                one.checkpoint, name, one.text, str(one.context), str(one.stride),
                 one.precision, measure.name, show(measure.value), measure.unit, measure.over,
             ])  # fmt: skip
     rows = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"{MARKDOWN_HEAD}\n\n{rows}\n"
-
-
-def _set_name(one: Evaluation) -> str:
-    return f"{one.set}, first {one.n_eval_examples:,}" if one.n_eval_examples else one.set
 
 
 def show(value: float) -> str:

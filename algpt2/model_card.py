@@ -141,7 +141,7 @@ def publish_evaluation(folder: Path, report: ReportOptions) -> None:
 
 def validation_measures(run: dict[str, Any], line: dict[str, Any]) -> Iterable[list[str]]:
     """Rows (text, measure, value, unit) of the last evaluation during training."""
-    name = " ".join(map(shown, run["options"]["data"]["val_path"]))
+    name = names(run["options"]["data"]["val_path"])
     rows = run["options"]["data"].get("n_eval_rows")
     last = line["step"] >= run["steps"]
     before = [(f"{name}, before training", run["before"])] if "before" in run else []
@@ -153,17 +153,24 @@ def validation_measures(run: dict[str, Any], line: dict[str, Any]) -> Iterable[l
 
 
 def evaluation_measures(path: Path, checkpoint: str) -> list[list[str]]:
-    """Rows (text, measure, value, unit) of what `--eval_only` measured on this checkpoint."""
+    """Rows (text, measure, value, unit) of what `--eval_only` measured on this checkpoint; the text
+    with all that tells one evaluation of it from another."""
     try:
         records = json.loads(path.read_text(encoding="utf-8"))["evaluations"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
     return [
-        [f"{record['set']}, {record['text']}, context {record['context']}", measure["name"],
+        [f"{set_name(record['set'], record['n_eval_examples'])}, {record['text']}, context "
+         f"{record['context']}, stride {record['stride']}, {record['precision']}", measure["name"],
          f"{measure['value']:.4f}", f"{measure['unit']} ({measure['over']})"]
         for record in records if Path(str(record["checkpoint"])).name == checkpoint
         for measure in record["measures"]
     ]  # fmt: skip
+
+
+def set_name(name: str, n_examples: int | None) -> str:
+    """The name of an evaluation set in tables: it says if only the first examples were taken."""
+    return f"{name}, first {n_examples:,}" if n_examples else name
 
 
 def card_text(name: str, run: dict[str, Any], step: int, measures: list[list[str]]) -> str:
@@ -216,7 +223,7 @@ def training_facts(run: dict[str, Any], step: int) -> list[list[str]]:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     schedule = f"{optim['lr_schedule']}, {optim['warmup_steps']:,} warm-up steps"
     facts = {
-        "text": " ".join(map(shown, options["data"]["train_path"])),
+        "text": names(options["data"]["train_path"]),
         "starts from": shown(start or "random weights"),
         "steps": f"{step:,} of {run['steps']:,}",
         "tokens": f"{step * run['tokens_per_step']:,}, {run['tokens_per_step']:,} a step",
@@ -233,6 +240,11 @@ def training_facts(run: dict[str, Any], step: int) -> list[list[str]]:
 def shown(path: str) -> str:
     """A path as the card shows it: of an absolute one the name, as cards are public."""
     return Path(path).name if Path(path).is_absolute() else path
+
+
+def names(paths: Iterable[str]) -> str:
+    """Several paths in a card or in evaluation.json, which the card takes its rows from."""
+    return " ".join(map(shown, paths))
 
 
 def markdown_table(heading: list[str], rows: Iterable[list[str]]) -> str:

@@ -205,7 +205,7 @@ class OptimOptions:
     """How it is trained."""
 
     optimizer: Literal["AdamW", "Adafactor", "Muon", "SGD"] = "AdamW"
-    lr: float | None = None  # peak learning rate; default: 1e-3 from scratch, 5e-5 finetuning
+    lr: float | None = None  # peak learning rate; default: 5e-5 with --checkpoint, else 1e-3
     lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     warmup_steps: int = 0  # optimizer steps of linear warm-up
     min_lr_ratio: float = 0.0  # learning rate of the last step over the peak

@@ -41,13 +41,15 @@ LR_FROM_SCRATCH, LR_FINETUNE = 1e-3, 5e-5
 MAX_SIZE = 2**24  # of a vocabulary or context: beyond it a config.json is damaged
 
 
-def choose_tokenizer(data: DataOptions, model: ModelOptions) -> TextTokenizer:
+def choose_tokenizer(
+    data: DataOptions, model: ModelOptions, *, trains: bool = True
+) -> TextTokenizer:
     """`--tokenizer`, else that of `--checkpoint`, `--init_from` or the config, else the packaged
     one.
 
     Raises:
         UserError: unknown config, checkpoint or tokenizer, or one that does not fit the other:
-            said now, before hours of packing.
+            said now, before hours of packing. Control codes that are new, unless the run `trains`.
     """
     folder = source_folder(model)
     if data.tokenizer:
@@ -62,6 +64,11 @@ def choose_tokenizer(data: DataOptions, model: ModelOptions) -> TextTokenizer:
     else:
         tokenizer = load_tokenizer(DEFAULT_TOKENIZER)
     tokenizer = tokenizer.with_control_codes(data.control_codes or ())
+    if tokenizer.n_new_codes and not trains:
+        raise UserError(
+            f"--control_codes {' '.join(data.control_codes)}: {tokenizer.n_new_codes} are new to "
+            f"{model.checkpoint}: expected codes that it has; training on a text adds its code"
+        )
     if folder is not None:
         exact = not model.checkpoint
         check_model_fits(read_config(folder), tokenizer, data.seq_len, exact=exact)

@@ -239,15 +239,12 @@ def build_model(
         if tokenizer is not None:
             exact = not options.checkpoint
             check_model_fits(config.to_dict(), tokenizer, seq_len, exact=exact)
-            if tokenizer.vocab_size > config.vocab_size:
-                raise UserError(
-                    f"--control_codes: {tokenizer.n_new_codes} are new to {source}: expected codes "
-                    "that it has; train_pt.py adds new ones, and its run continues here"
-                )
         if options.checkpoint and not options.from_scratch:
             model = TFALGPT2LMHeadModel.from_pretrained(source, dtype=dtype)
         else:
             model = TFALGPT2LMHeadModel(config, dtype=dtype, seed=seed)
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+            model = add_embeddings(model, tokenizer.vocab_size, dtype)
     except UserError:
         raise
     except Exception as error:  # a damaged file can make transformers raise anything
@@ -255,6 +252,18 @@ def build_model(
         raise UserError(f"cannot load a GPT-2 or ALGPT2 from {source}: {reason}") from error
     model.transformer.gradient_checkpointing = options.gradient_checkpointing
     return model
+
+
+def add_embeddings(model: TFALGPT2LMHeadModel, vocab_size: int, dtype: str) -> TFALGPT2LMHeadModel:
+    """The model with rows for new control codes in its token tables: the mean of the others."""
+    state, n_new = model.state_dict(), vocab_size - model.config.vocab_size
+    for name in {"transformer.wte.weight", "lm_head.weight"} & state.keys():
+        mean = tf.reduce_mean(state[name], 0, keepdims=True)
+        state[name] = tf.concat([state[name], tf.repeat(mean, n_new, 0)], 0)
+    model.config.vocab_size = vocab_size
+    larger = TFALGPT2LMHeadModel(model.config, dtype=dtype)
+    larger.load_state_dict(state)
+    return larger
 
 
 # --- optimizer -----------------------------------------------------------------------------------

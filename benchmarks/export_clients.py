@@ -190,7 +190,7 @@ def logits_only(model: object) -> object:
 
     wrapped = Wrapped()
     wrapped.model = model
-    return wrapped
+    return wrapped.eval()
 
 
 if __name__ == "__main__":

@@ -23,15 +23,16 @@ from algpt2.evaluation_sets import (
     EvalSet,
     Evaluator,
     choose_detokenizer,
+    evaluation_of_rows,
     find_sets,
     read_passages,
-    row_stream,
+    row_streams,
 )
 from algpt2.options import DataOptions, EvalOptions, ModelOptions, PackOptions, TrainOptions
 from algpt2.packing import pack
 from algpt2.report import read_json_lines
 from algpt2.runs import open_or_pack
-from algpt2.tfrecords import open_rows
+from algpt2.tfrecords import open_rows, read_manifest
 from algpt2.tokenization_algpt2 import load_tokenizer
 
 ROOT = Path(train_pt.__file__).parent
@@ -213,12 +214,24 @@ def test_shards_are_one_stream(corpus, tokenizer_folder, tmp_path):
     texts = [path.read_text() for path in sorted((corpus / "valid").iterdir())]
     stream = [i for ids in tokenizer.encode_batch(texts) for i in (tokenizer.eot_id, *ids.tolist())]
     rows = open_rows(tmp_path / "shards")
-    assert row_stream(rows).tolist() == stream[: manifest.n_rows * 16 + 1]
+    (found,) = row_streams(rows)
+    assert found.tolist() == stream[: manifest.n_rows * 16 + 1]
     assert evaluation.details["scored_tokens"] == manifest.n_rows * 16
     assert evaluation.measures[1].value == pytest.approx(300)
     nats = manifest.tokens * math.log(300)  # of all tokens of the text, as its words are of all
     n_words = sum(len(text.split()) + text.count("\n") for text in texts)
     assert evaluation.measures[2].value == pytest.approx(math.exp(nats / n_words))
+
+
+def test_texts_with_codes_of_their_own_are_streams_of_their_own(corpus, tokenizer_folder):
+    codes = ("<|a|>", "<|b|>")
+    tokenizer = load_tokenizer(str(tokenizer_folder)).with_control_codes(codes)
+    paths = [str(path) for path in sorted((corpus / "valid").iterdir())[:2]]
+    rows = open_or_pack(paths, DataOptions(control_codes=codes), tokenizer, 16)
+    streams = row_streams(rows)
+    assert [stream[0] for stream in streams] == [300, 301]
+    assert sum(len(stream) - 1 for stream in streams) == len(rows) * 16
+    assert not {300, 301} & {*np.concatenate([stream[1:] for stream in streams]).tolist()}
 
 
 def test_lambada_is_read_in_every_form_it_comes_in(tmp_path):
@@ -337,6 +350,14 @@ def test_training_and_both_evaluations_agree_with_a_detokenizer(run, tmp_path):
     evaluate(tmp_path / "tuned", f"--eval_sets={shards}", *flags[:3])
     assert records(tmp_path / "tuned")[-1]["text"] == "wikitext detokenizer"
     assert records(tmp_path / "tuned")[-1]["measures"] == rows["measures"]
+    options = TrainOptions(
+        eval_only=True, model=ModelOptions(checkpoint=str(tmp_path / "tuned")),
+        data=DataOptions(val_path=(str(shards), "here/valid")),
+    )  # fmt: skip
+    one = evaluation_of_rows(options, read_manifest(shards), 1.0, "float32")
+    # The card and evaluation.json may become public: nothing of this machine's folders.
+    assert (one.text, one.set) == ("wikitext detokenizer", f"{shards.name} here/valid")
+    assert rows["set"] == "wiki.txt" and str(tmp_path) not in json.dumps(rows)
 
 
 def rows_of(path, detokenizer, run):

@@ -142,6 +142,9 @@ def test_finetuning_adds_codes_compares_and_continues(flags, two_texts, tmp_path
     sample = ["--sample_only", f"--checkpoint={run}", "--control_codes=<|code|>", "--device=cpu"]
     train_pt.main([*sample, "--n_samples=2", "--max_length=9"])
     assert "<|code|>" not in capsys.readouterr().out
+    for mode in ("--sample_only", "--eval_only"):
+        with pytest.raises(UserError, match=r"<\|new\|>: 1 are new to .*straight.*that it has"):
+            train_pt.main([mode, f"--checkpoint={run}", "--control_codes=<|new|>"])
     train_pt.main(flags("next", **start | {"checkpoint": run}, control_codes="<|code|>"))
     again = json.loads((tmp_path / "next" / "run.json").read_text())
     assert again["model"]["vocab_size"] == 302

@@ -128,12 +128,17 @@ def test_an_evaluation_gets_into_the_card_and_damages_nothing(run, monkeypatch):
     sent = []
     monkeypatch.setattr(model_card, "send_table", lambda *args: sent.append(args))
     model_card.publish_evaluation(folder, ReportOptions())
-    cells = ["ptb.test, as it is, context 32", "ppl, words", "35.1250", "per word (82,430 words)"]
+    text = "ptb.test, as it is, context 32, stride 32, float32"
+    cells = [text, "ppl, words", "35.1250", "per word (82,430 words)"]
     columns = ["checkpoint", *model_card.MEASURE_COLUMNS]
     row = [folder.name, *cells[:2], 35.125, cells[3]]
     assert sent == [(run, ReportOptions(), "evaluation", columns, [row], 2)]
     after = (folder / "README.md").read_text()
     assert after == f"{before}| {' | '.join(cells)} |\n"
+    short = EVALUATION | {"n_eval_examples": 200, "stride": 8, "precision": "bfloat16"}
+    path.write_text(json.dumps({"evaluations": [EVALUATION, short]}))
+    texts = [row[0] for row in model_card.evaluation_measures(path, folder.name)]
+    assert texts == [text, "ptb.test, first 200, as it is, context 32, stride 8, bfloat16"]
     path.unlink()
     read_checkpoint(folder)
     assert newest_checkpoint(run).step == 2

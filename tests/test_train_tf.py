@@ -10,12 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import train_tf
-from algpt2 import report
+from algpt2 import report, training_tf
+from algpt2.configuration_algpt2 import ALGPT2Config
 from algpt2.errors import EXIT_STOPPED, UserError
+from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
+from algpt2.tokenization_algpt2 import load_tokenizer
 
 ROOT = Path(train_tf.__file__).parent
 STEPS = {"AdamW": 50, "SGD": 12, "Muon": 12, "Adafactor": 12}
@@ -264,12 +268,51 @@ def test_finetuning_says_what_was_before_and_after(frameworks, flags, tmp_path, 
     assert "after 3 steps" in capsys.readouterr().out
 
 
+def test_finetuning_adds_codes_and_continues(frameworks, flags, corpus, tmp_path, capsys):
+    start = frameworks / "pt-AdamW"
+    texts = [sorted((corpus / split).iterdir())[:2] for split in ("train", "valid")]
+    more = {"config": None, "tokenizer": None, "checkpoint": start, "max_steps": 4}
+    more |= {"train_path": None, "val_path": None, "eval_steps": 2}
+
+    def command(save_dir, **changes):
+        paths = ["--train_path", *texts[0], "--val_path", *texts[1]]
+        codes = ["--control_codes", "<|wiki|>", "<|code|>"]
+        return [*flags(save_dir, **more | changes), *map(str, paths), *codes]
+
+    train_tf.main(command("straight"))
+    while train_tf.main(command("stopped", max_minutes=1e-9)):
+        pass
+    assert final_bytes(tmp_path / "straight", 4) == final_bytes(tmp_path / "stopped", 4)
+    folder = tmp_path / "straight" / "checkpoint-00000004"
+    assert load_file(folder / "model.safetensors")["transformer.wte.weight"].shape[0] == 302
+    assert load_tokenizer(str(folder)).token_to_id("<|code|>") == 301
+    capsys.readouterr()
+    sample = ["--sample_only", f"--checkpoint={folder}", "--device=cpu", "--max_length=9"]
+    train_tf.main([*sample, "--control_codes=<|code|>"])
+    assert "<|code|>" not in capsys.readouterr().out
+    for mode in ("--sample_only", "--eval_only"):
+        with pytest.raises(UserError, match=r"<\|new\|>: 1 are new to .*straight.*that it has"):
+            train_tf.main([mode, f"--checkpoint={folder}", "--control_codes=<|new|>"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_rows_are_the_mean_of_the_old(config_folder, tied):
+    config = ALGPT2Config.from_pretrained(config_folder, tie_word_embeddings=tied)
+    model = TFALGPT2LMHeadModel(config, seed=1)
+    old = model.state_dict()
+    larger = training_tf.add_embeddings(model, 302, "float32")
+    assert larger.config.vocab_size == 302 and (larger.lm_head is None) is tied
+    for name, value in larger.state_dict().items():
+        assert np.array_equal(value[: len(old[name])], old[name])
+        if added := value[len(old[name]) :].numpy().tolist():
+            assert added == [pytest.approx(old[name].numpy().mean(0), abs=1e-6)] * 2
+    grown = {name for name, value in larger.state_dict().items() if len(value) > len(old[name])}
+    assert grown == {"transformer.wte.weight"} | ({"lm_head.weight"} if not tied else set())
+
+
 def test_what_only_pytorch_can_start_is_refused(frameworks, flags):
     with pytest.raises(UserError, match=r"--init_from needs PyTorch: start with train_pt\.py"):
         train_tf.main(flags(init_from=frameworks / "initial"))
-    more = {"config": None, "tokenizer": None, "checkpoint": frameworks / "pt-AdamW"}
-    with pytest.raises(UserError, match=r"--control_codes: 1 are new to .*train_pt\.py adds"):
-        train_tf.main(flags(**more, control_codes="<|new|>"))
 
 
 @pytest.mark.parametrize(
