@@ -46,7 +46,7 @@ def parse(
                 args=argv,
                 prog=prog,
                 use_underscores=True,
-                config=(tyro.conf.OmitArgPrefixes,),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
             )
     except SystemExit as stop:
         if stop.code in (None, 0):
@@ -102,9 +102,8 @@ class TokenizerOptions:
     """Train a byte-level BPE tokenizer on a corpus and write it to a folder."""
 
     train_path: tuple[str, ...] = ("docs:train",)  # folder, file, glob, hf:NAME[:SPLIT] or docs:
-    n_files: int | None = (
-        None  # read at most this many files, in archives too; a table counts as one
-    )
+    n_files: int | None = None
+    """read at most this many files, in archives too; a table counts as one"""
     save_path: str = "runs/tokenizer"  # folder to write
     vocab_size: int = 50257  # entries, control codes included
     control_codes: tuple[str, ...] = ("<|endoftext|>",)  # others come before it: it has the last id
@@ -137,13 +136,11 @@ class PackOptions:
     n_examples: int | None = None  # write at most this many rows
     min_seq_len: bool = True  # short documents are joined, no row is padded: there is no other way
     line_by_line: bool = False  # each line is a document
-    n_files: int | None = (
-        None  # read at most this many files, in archives too; a table counts as one
-    )
+    n_files: int | None = None
+    """read at most this many files, in archives too; a table counts as one"""
     text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
-    detokenizer: Literal["wikitext", "ptb", "lambada"] | None = (
-        None  # undo the tokenization of a benchmark's files; words and bytes are counted before
-    )
+    detokenizer: Literal["wikitext", "ptb", "lambada"] | None = None
+    """undo the tokenization of a benchmark's files; words and bytes are counted before"""
     min_length: int = 0  # characters; shorter documents are left out, and counted
     skip_broken: bool = False  # leave out what is damaged, named and counted, instead of stopping
     dedup: bool = False  # leave out documents whose text was met before
@@ -205,8 +202,10 @@ class OptimOptions:
     """How it is trained."""
 
     optimizer: Literal["AdamW", "Adafactor", "Muon", "SGD"] = "AdamW"
+    """with Muon, AdamW updates what is no hidden matrix"""
     lr: float | None = None  # peak learning rate; default: 1e-3 from scratch, 5e-5 finetuning
     lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """after the warm-up; wsd: constant, then linear over decay_ratio of the steps"""
     warmup_steps: int = 0  # optimizer steps of linear warm-up
     min_lr_ratio: float = 0.0  # learning rate of the last step over the peak
     decay_ratio: float = 0.2  # share of the steps in which wsd decays
@@ -455,9 +454,8 @@ class TFRecordOptions:
 class PlotOptions:
     """Draw the loss and learning-rate curves of one or several runs to a PNG."""
 
-    runs: tyro.conf.Positional[
-        tuple[str, ...]
-    ]  # folders of runs (or metrics.jsonl); default: runs/*
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """folders of runs, or their metrics.jsonl; none: all runs in runs/"""
     save_path: str = "curves.png"  # image to write
     x: Literal["tokens", "step", "elapsed_s"] = "tokens"  # what the curves run over
     smooth: int = 10  # lines of metrics.jsonl averaged per drawn point; 1: none

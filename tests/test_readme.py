@@ -52,6 +52,17 @@ def test_a_command_of_the_documents_is_taken(script, flags):
     assert parse(OPTIONS[script], arguments)
 
 
+@pytest.mark.parametrize("options", OPTIONS.values())
+def test_help_describes_every_option(options, capsys):
+    with pytest.raises(SystemExit):
+        parse(options, ["--help"])
+    entries = re.split(r"\n  (?=[-[A-Z])", capsys.readouterr().out.replace("│", " "))[1:]
+    entries = [" ".join(entry.split()) for entry in entries]
+    assert len(entries) > 4
+    values = r"(?:[A-Z{}|[\]. ]+|{\S+} )?"
+    assert not [x for x in entries if re.match(rf"(?:--\w+,? )*{values}\((default|required)", x)]
+
+
 def test_the_readme_shows_every_script_and_config():
     readme = (ROOT / "README.md").read_text()
     for path in ROOT.glob("*.py"):
