@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import fsspec
 import pytest
 
 import export_gpt2
@@ -17,15 +16,6 @@ from algpt2.remote import RemoteError, RemotePath, local_folder
 from algpt2.tokenization_algpt2 import load_tokenizer
 
 URL = "memory://bucket/run"
-
-
-@pytest.fixture
-def memory():
-    """The store behind memory://, empty before and after."""
-    store = fsspec.filesystem("memory")
-    store.store.clear()
-    yield store
-    store.store.clear()
 
 
 @pytest.fixture(scope="module")
