@@ -464,3 +464,4 @@ class PlotOptions:
 
     def __post_init__(self) -> None:
         check_on_disk(self, "save_path")
+        check_positive(self, "smooth")
