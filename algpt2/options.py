@@ -11,7 +11,7 @@ import re
 import reprlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Literal, TypeVar
 
 import tyro
@@ -24,6 +24,11 @@ MAX_NUMBER = 2**53  # of steps, tokens, rows
 MAX_BATCH = 2**20  # rows; of them ids alone take 8 MB
 BELOW_ONE = 1 - 2**-53
 
+# Options that name a file, a folder or a URL.
+PATHS = frozenset(
+    "path train_path val_path save_path save_dir tokenizer config config_path checkpoint init_from "
+    "verify eval_sets runs out".split()
+)
 DEFAULT_TOKENIZER = "algpt2-tokenizer"
 _start = {"s": time.monotonic()}  # of the command
 
@@ -41,7 +46,7 @@ def parse(
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(
+            options = tyro.cli(
                 cls,
                 args=argv,
                 prog=prog,
@@ -52,6 +57,19 @@ def parse(
         if stop.code in (None, 0):
             raise
         raise UserError(_first_sentence(printed.getvalue())) from None
+    _check_paths(options)
+    return options
+
+
+def _check_paths(options: object) -> None:
+    """`UserError` for an empty path, as of a shell's variable that is not set: it would be the
+    current folder."""
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if is_dataclass(value):
+            _check_paths(value)
+        elif option.name in PATHS and "" in (value if isinstance(value, tuple) else (value,)):
+            raise UserError(f"{option.name} has an empty value: expected a path or a name")
 
 
 def seconds_since_start() -> float:
