@@ -12,22 +12,19 @@ from typing import Any
 
 from algpt2.errors import UserError, run_script
 from algpt2.options import PlotOptions, parse
+from algpt2.report import METRICS_FILE, read_json_lines
 
 LABELS = {"tokens": "training tokens", "step": "optimizer steps", "elapsed_s": "training time (s)"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, draw, write."""
-    from algpt2.report import METRICS_FILE
-
     options = parse(PlotOptions, argv)
     path = Path(options.save_path)
     check_output(path, options.overwrite)
-    folders = options.runs or [
-        str(p.parent) for p in sorted(Path("runs").glob(f"*/{METRICS_FILE}"))
-    ]
+    folders = options.runs or [str(p.parent) for p in sorted(Path("runs").rglob(METRICS_FILE))]
     if not folders:
-        raise UserError(f"no run to draw: expected its folder, or runs/*/{METRICS_FILE} here")
+        raise UserError(f"no run to draw: expected its folder, or {METRICS_FILE} of one in runs/")
     runs = {run: read_run(Path(run)) for run in folders}
     figure = draw(runs, options.x, options.smooth)
     partial = path.with_name(f".{path.stem}.partial.png")
@@ -55,8 +52,6 @@ def read_run(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: no such file, or nothing in it yet.
     """
-    from algpt2.report import METRICS_FILE, read_json_lines
-
     path = folder / METRICS_FILE if folder.is_dir() else folder
     if not path.is_file():
         raise UserError(f"{folder} is no run: expected {METRICS_FILE} in it")
@@ -72,8 +67,9 @@ def draw(runs: dict[str, list[dict[str, Any]]], x: str, smooth: int) -> Any:
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     loss, lr = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    names = [Path(run).name for run in runs]
     for i, (run, lines) in enumerate(runs.items()):
-        color, name = f"C{i}", Path(run).name or run
+        color, name = f"C{i}", names[i] if names[i] and names.count(names[i]) == 1 else run
         xs, losses = [line[x] for line in lines], [line["loss"] for line in lines]
         loss.plot(xs, losses, color=color, alpha=0.25, linewidth=0.8)
         loss.plot(xs, moving_mean(losses, smooth), color=color, linewidth=1.5, label=name)

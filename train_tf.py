@@ -76,7 +76,7 @@ def evaluate_only(options: TFTrainOptions) -> None:
     tokenizer = runs.choose_tokenizer(options.data, options.model, trains=False)
     results = evaluation_sets.ResultFiles(runs.result_folder(options.model))
     seq_len, sets = evaluation_sets.choose_sets(options, tokenizer)
-    model = training_tf.build_model(options.model, tokenizer, None, processes.dtype)
+    model = training_tf.build_model(options.model, tokenizer, seq_len, processes.dtype)
     evaluator = evaluation_sets.Evaluator(
         evaluation_model(model, seq_len, options.optim.batch_size),
         tokenizer, options, precision=str(processes.dtype),

@@ -1,8 +1,7 @@
 """Train a byte-level BPE tokenizer, GPT-2's kind, on text from anywhere.
 
     python3 train_tokenizer.py --vocab_size 8192                  # docs:, a CPU minute
-    python3 train_tokenizer.py --train_path ./data/openwebtext/ --save_path ./tokenizer/ \\
-        --vocab_size 50257 --n_files 1000000
+    python3 train_tokenizer.py --train_path text/ --save_path tokenizer/ --n_files 1000000
     python3 train_tokenizer.py --train_path a.parquet b.jsonl.gz --max_bytes 1000000000
 
 The same text gives the same tokenizer, byte for byte; <|endoftext|> has the last id.
@@ -18,6 +17,7 @@ from algpt2.errors import run_script
 from algpt2.options import TokenizerOptions, parse
 
 if TYPE_CHECKING:
+    from algpt2.corpus import CorpusReport
     from algpt2.tokenization_algpt2 import TextTokenizer
 
 HELD_OUT_FRACTION = 0.01  # of the documents, chosen by their hash, to measure bytes per token on
@@ -28,20 +28,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, save and measure the tokenizer that the options describe."""
     options = parse(TokenizerOptions, argv)
     # Behind the options, so that --help answers at once.
-    from algpt2.corpus import CorpusReport, documents, first_bytes
-    from algpt2.report import Progress, log
+    from algpt2.corpus import CorpusReport, documents
+    from algpt2.report import log
     from algpt2.tokenization_algpt2 import END_OF_TEXT, load_tokenizer, save, train
 
     for name, value in asdict(options).items():
         log(f"{name}: {value}")
-    report = CorpusReport()
+    report, start_s = CorpusReport(), time.monotonic()
     texts = documents(
-        options.train_path,
-        n_files=options.n_files,
-        text_key=options.text_key,
-        skip_broken=options.skip_broken,
-        report=report,
-    )
+        options.train_path, n_files=options.n_files, text_key=options.text_key,
+        skip_broken=options.skip_broken, report=report,
+    )  # fmt: skip
     Path(options.save_path).mkdir(parents=True, exist_ok=True)  # fails before the work, not after
 
     # 1. Training on all documents but a few
@@ -49,37 +46,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     has_valid_split = set(options.train_path) <= {"docs:", "docs:train"}
     if not has_valid_split:
         texts = hold_out(texts, held_out)
-    if options.max_bytes is not None:
-        texts = first_bytes(texts, options.max_bytes)
-    start_s = time.monotonic()
-
-    def read_texts() -> Iterator[str]:
-        with Progress("read", total=options.max_bytes, unit="B") as progress:
-            for text in texts:
-                yield text
-                progress.update(report.text_bytes - progress.done)
-        log(f"read {report.summary()} in {time.monotonic() - start_s:.1f} s; merging")
-
-    tokenizer = train(
-        read_texts(),
-        vocab_size=options.vocab_size,
-        control_codes=options.control_codes,
-    )
+    texts = shown(texts, options.max_bytes, report)
+    tokenizer = train(texts, vocab_size=options.vocab_size, control_codes=options.control_codes)
     seconds = time.monotonic() - start_s
 
     # 2. Saving, and measuring what was saved
     written = save(tokenizer, options.save_path, overwrite=options.overwrite)
     saved = load_tokenizer(options.save_path)
-    if has_valid_split:
-        held_out = list(documents("docs:valid"))
-    if held_out:
-        log(f"{bytes_per_token(saved, held_out)} of {len(held_out):,} held-out documents")
-    else:
-        log("bytes per token: not measured, too few documents to hold one out")
+    log(bytes_per_token(saved, list(documents("docs:valid")) if has_valid_split else held_out))
     log(
         f"{options.save_path}: {saved.vocab_size:,} entries, {END_OF_TEXT} is {saved.eot_id}, "
         f"{seconds:.1f} s" + ("" if written else "; this very tokenizer was there already")
     )
+
+
+def shown(texts: Iterable[str], max_bytes: int | None, report: "CorpusReport") -> Iterator[str]:
+    """Pass at most `max_bytes` of `texts` on, with a progress bar, and say what `report` counts."""
+    from algpt2.corpus import first_bytes
+    from algpt2.report import Progress, log
+
+    start_s = time.monotonic()
+    with Progress("read", total=max_bytes, unit="B") as progress:
+        for text in texts if max_bytes is None else first_bytes(texts, max_bytes):
+            yield text
+            progress.update(report.text_bytes - progress.done)
+    log(f"read {report.summary()} in {time.monotonic() - start_s:.1f} s; merging")
 
 
 def hold_out(texts: Iterable[str], held_out: list[str]) -> Iterator[str]:
@@ -96,10 +87,13 @@ def hold_out(texts: Iterable[str], held_out: list[str]) -> Iterator[str]:
 
 
 def bytes_per_token(tokenizer: "TextTokenizer", texts: Sequence[str]) -> str:
-    """How well `tokenizer` compresses, as words for the log."""
+    """How well `tokenizer` compresses texts that were held out, as words for the log."""
+    if not texts:
+        return "bytes per token: not measured, too few documents to hold one out"
     n_bytes = sum(len(text.encode()) for text in texts)
     n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
-    return f"{n_bytes / n_tokens:.3f} bytes per token on {n_bytes / 1e6:.1f} MB"
+    size = f"{n_bytes / 1e6:.1f} MB of {len(texts):,} held-out documents"
+    return f"{n_bytes / n_tokens:.3f} bytes per token on {size}"
 
 
 if __name__ == "__main__":

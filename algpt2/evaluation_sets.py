@@ -27,7 +27,7 @@ from .evaluation import (
     MinimalPair,
     Model,
     TextTotals,
-    compressor_bits_per_byte,
+    compressor_nats,
     score_blimp,
     score_lambada,
     table,
@@ -246,16 +246,16 @@ def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def decode_documents(rows: PackedRows, tokenizer: TextTokenizer) -> Iterator[str]:
-    """The documents that the rows hold: rows overlap by one token, documents start with
-    end-of-text."""
-    ids: list[int] = []
+    """The documents that the rows hold: rows overlap by one token, documents start with a control
+    code."""
+    starts, ids = {*tokenizer.special_ids}, []
     for i in range(len(rows)):
         for token in rows[i][:-1].tolist():
-            if token == tokenizer.eot_id and ids:
+            if token not in starts:
+                ids.append(token)
+            elif ids:
                 yield tokenizer.decode(ids)
                 ids = []
-            elif token != tokenizer.eot_id:
-                ids.append(token)
     if ids:
         yield tokenizer.decode(ids)
 
@@ -304,8 +304,7 @@ class Evaluator:
         n_examples = self.options.eval.n_eval_examples if one.kind in EXAMPLES else None
         return Evaluation(
             set=one.name, sha256=fingerprint(one), n_eval_examples=n_examples,
-            measures=tuple(measures), details=details,
-            text=_text_seen(detokenizer), **self.facts,
+            measures=tuple(measures), details=details, text=_text_seen(detokenizer), **self.facts,
         )  # fmt: skip
 
     def _text(self, one: EvalSet, change: Callable[[str], str], tick: Callable) -> Scored:
@@ -321,7 +320,7 @@ class Evaluator:
         nats, n_tokens = text_nats(self.model, streams(), self.stride, tick)
         totals = TextTotals(n_tokens, report.words + report.line_ends, report.text_bytes)
         texts = documents(str(one.paths[0]), text_key=self.options.data.text_key)
-        return self._text_measures(nats, n_tokens, totals, texts)
+        return self._text_measures(nats, n_tokens, totals, map(change, texts))
 
     def _shards(self, one: EvalSet, change: Callable[[str], str], tick: Callable) -> Scored:
         rows = open_rows(one.paths[0])
@@ -334,13 +333,13 @@ class Evaluator:
     def _text_measures(
         self, nats: float, n_tokens: int, totals: TextTotals, texts: Iterable[str]
     ) -> Scored:
+        """The measures of `texts` as the model saw them, by the model and by compressors."""
         measures, details = text_measures(nats, n_tokens, totals)
         if self.options.compressors:
             log("compressing the text with gzip -9 and xz -9e")
-            measures += [
-                Measure(name, bits, "bits/byte", f"{totals.text_bytes:,} bytes")
-                for name, bits in compressor_bits_per_byte(texts).items()
-            ]
+            for name, their_nats in compressor_nats(texts).items():
+                *_, bits_per_byte = text_measures(their_nats, n_tokens, totals)[0]
+                measures.append(replace(bits_per_byte, name=name))
         return measures, details
 
     def _lambada(self, one: EvalSet, change: Callable[[str], str], tick: Callable) -> Scored:

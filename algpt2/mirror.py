@@ -247,7 +247,8 @@ def _is_whole(folder: Path, there: RemotePath, state: dict[str, Any] | None) -> 
     if not folder.is_dir():
         return False
     if not (folder / STATE_FILE).exists() and not is_checkpoint_name(folder.name):  # any model
-        return {path.name: path.stat().st_size for path in folder.iterdir()} == _names(there)
+        here = {path.name: path.stat().st_size for path in folder.iterdir()}
+        return _of_model(here) == _of_model(_names(there))
     with contextlib.suppress(UserError):  # a damaged one is fetched again
         here = read_checkpoint(folder)
         return here.state == state if state else _is_copy(folder, there)
@@ -257,6 +258,11 @@ def _is_whole(folder: Path, there: RemotePath, state: dict[str, Any] | None) -> 
 def _names(there: RemotePath) -> dict[str, int]:
     """Names and sizes of the files of a checkpoint."""
     return {n: size for n, size in there.files().items() if "/" not in n and n[0] != "."}
+
+
+def _of_model(files: dict[str, int]) -> dict[str, int]:
+    """Those of some files that are a model's: its evaluation here is not of the copy."""
+    return {n: size for n, size in files.items() if n[0] != "." and n not in FILES_OF_RUN}
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from .checkpoints import (
 from .errors import UserError, describe
 from .options import ReportOptions
 from .report import METRICS_FILE, RUN_FILE, is_main_process, log, read_json_lines, send_table
+from .tracker import run_name
 
 EVALUATION_FILE = "evaluation.json"
 CARD_HEAD = "<!-- written from run.json; --eval_only and the next checkpoint write it again -->"
@@ -109,7 +110,7 @@ def write_card(folder: Path, save_dir: Path, step: int) -> None:
     try:
         measures = [*validation_measures(run, validated[0])] if validated else []
         measures += evaluation_measures(save_dir / EVALUATION_FILE, f"checkpoint-{step:08d}")
-        text = card_text(save_dir.name, run, step, measures)
+        text = card_text(run_name(save_dir, run), run, step, measures)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{save_dir / RUN_FILE} is damaged: {describe(error)}") from error
     write_text(path, text.encode(errors="replace").decode())  # of names that are not UTF-8

@@ -241,13 +241,9 @@ class ALGPT2Model(ALGPT2PreTrainedModel):
             x = self.projection_layer(x)  # (B, T, C)
         for layer, block in enumerate(self.config.block_of_layers()):
             x = self.h[block](
-                x,
-                layer=layer,
-                past_key_values=past_key_values,
-                mask=mask,
-                position_ids=position_ids,
-                **kwargs,
-            )
+                x, layer=layer, past_key_values=past_key_values, mask=mask,
+                position_ids=position_ids, **kwargs,
+            )  # fmt: skip
         return BaseModelOutputWithPast(
             last_hidden_state=self.ln_f(x), past_key_values=past_key_values if use_cache else None
         )
@@ -306,30 +302,13 @@ class ALGPT2LMHeadModel(ALGPT2PreTrainedModel, GenerationMixin):
         # one of them computes no eval_loss: so this one has no name here.
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.transformer(
-            input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+            input_ids, past_key_values=past_key_values, attention_mask=attention_mask,
+            position_ids=position_ids, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+        )  # fmt: skip
         x = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         if self.dense is not None:
             x = self.dense(x)  # (B, T, E)
-        loss = logits = None
-        if skip_logits:
-            if shift_labels is None or labels is not None:
-                raise ValueError("expected shift_labels alone with skip_logits=True; shift them")
-            loss = head_cross_entropy(x, self.lm_head.weight, shift_labels)
-        else:
-            logits = self.lm_head(x)
-            if shift_labels is not None:
-                kwargs["shift_labels"] = shift_labels.contiguous()
-            if labels is not None or shift_labels is not None:
-                loss = self.loss_function(
-                    logits, labels, vocab_size=self.config.vocab_size, **kwargs
-                )
+        loss, logits = self._loss_and_logits(x, labels, shift_labels, skip_logits, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -337,6 +316,23 @@ class ALGPT2LMHeadModel(ALGPT2PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss_and_logits(
+        self, x: Tensor, labels: Tensor | None, shift_labels: Tensor | None, skip_logits: bool,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """The loss, None without labels, and the logits, None if skipped, of states (B, T, E)."""
+        if skip_logits:
+            if shift_labels is None or labels is not None:
+                raise ValueError("expected shift_labels alone with skip_logits=True; shift them")
+            return head_cross_entropy(x, self.lm_head.weight, shift_labels), None
+        logits = self.lm_head(x)
+        if shift_labels is not None:
+            kwargs["shift_labels"] = shift_labels.contiguous()
+        elif labels is None:
+            return None, logits
+        loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return loss, logits
 
     def _prepare_generated_length(self, generation_config: Any, **kwargs: Any) -> Any:
         """`generate` stops where the positions end: a pipeline wants 256 new tokens by default."""

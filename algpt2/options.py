@@ -11,7 +11,7 @@ import re
 import reprlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Literal, TypeVar
 
 import tyro
@@ -24,6 +24,11 @@ MAX_NUMBER = 2**53  # of steps, tokens, rows
 MAX_BATCH = 2**20  # rows; of them ids alone take 8 MB
 BELOW_ONE = 1 - 2**-53
 
+# Options that name a file, a folder or a URL.
+PATHS = frozenset(
+    "path train_path val_path save_path save_dir tokenizer config config_path checkpoint init_from "
+    "verify eval_sets runs out".split()
+)
 DEFAULT_TOKENIZER = "algpt2-tokenizer"
 _start = {"s": time.monotonic()}  # of the command
 
@@ -41,17 +46,30 @@ def parse(
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(
+            options = tyro.cli(
                 cls,
                 args=argv,
                 prog=prog,
                 use_underscores=True,
-                config=(tyro.conf.OmitArgPrefixes,),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
             )
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
         raise UserError(_first_sentence(printed.getvalue())) from None
+    _check_paths(options)
+    return options
+
+
+def _check_paths(options: object) -> None:
+    """`UserError` for an empty path, as of a shell's variable that is not set: it would be the
+    current folder."""
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if is_dataclass(value):
+            _check_paths(value)
+        elif option.name in PATHS and "" in (value if isinstance(value, tuple) else (value,)):
+            raise UserError(f"{option.name} has an empty value: expected a path or a name")
 
 
 def seconds_since_start() -> float:
@@ -102,9 +120,8 @@ class TokenizerOptions:
     """Train a byte-level BPE tokenizer on a corpus and write it to a folder."""
 
     train_path: tuple[str, ...] = ("docs:train",)  # folder, file, glob, hf:NAME[:SPLIT] or docs:
-    n_files: int | None = (
-        None  # read at most this many files, in archives too; a table counts as one
-    )
+    n_files: int | None = None
+    """read at most this many files, in archives too; a table counts as one"""
     save_path: str = "runs/tokenizer"  # folder to write
     vocab_size: int = 50257  # entries, control codes included
     control_codes: tuple[str, ...] = ("<|endoftext|>",)  # others come before it: it has the last id
@@ -137,13 +154,11 @@ class PackOptions:
     n_examples: int | None = None  # write at most this many rows
     min_seq_len: bool = True  # short documents are joined, no row is padded: there is no other way
     line_by_line: bool = False  # each line is a document
-    n_files: int | None = (
-        None  # read at most this many files, in archives too; a table counts as one
-    )
+    n_files: int | None = None
+    """read at most this many files, in archives too; a table counts as one"""
     text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
-    detokenizer: Literal["wikitext", "ptb", "lambada"] | None = (
-        None  # undo the tokenization of a benchmark's files; words and bytes are counted before
-    )
+    detokenizer: Literal["wikitext", "ptb", "lambada"] | None = None
+    """undo the tokenization of a benchmark's files; words and bytes are counted before"""
     min_length: int = 0  # characters; shorter documents are left out, and counted
     skip_broken: bool = False  # leave out what is damaged, named and counted, instead of stopping
     dedup: bool = False  # leave out documents whose text was met before
@@ -205,8 +220,10 @@ class OptimOptions:
     """How it is trained."""
 
     optimizer: Literal["AdamW", "Adafactor", "Muon", "SGD"] = "AdamW"
+    """with Muon, AdamW updates what is no hidden matrix"""
     lr: float | None = None  # peak learning rate; default: 5e-5 with --checkpoint, else 1e-3
     lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """after the warm-up; wsd: constant, then linear over decay_ratio of the steps"""
     warmup_steps: int = 0  # optimizer steps of linear warm-up
     min_lr_ratio: float = 0.0  # learning rate of the last step over the peak
     decay_ratio: float = 0.2  # share of the steps in which wsd decays
@@ -455,9 +472,8 @@ class TFRecordOptions:
 class PlotOptions:
     """Draw the loss and learning-rate curves of one or several runs to a PNG."""
 
-    runs: tyro.conf.Positional[
-        tuple[str, ...]
-    ]  # folders of runs (or metrics.jsonl); default: runs/*
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """folders of runs, or their metrics.jsonl; none: all runs in runs/"""
     save_path: str = "curves.png"  # image to write
     x: Literal["tokens", "step", "elapsed_s"] = "tokens"  # what the curves run over
     smooth: int = 10  # lines of metrics.jsonl averaged per drawn point; 1: none
@@ -466,3 +482,4 @@ class PlotOptions:
 
     def __post_init__(self) -> None:
         check_on_disk(self, "save_path")
+        check_positive(self, "smooth")

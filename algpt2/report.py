@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import reprlib
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ from .checkpoints import (
     write_text,
 )
 from .errors import UserError
-from .tracker import FINISH_S, STOP_S, UPLOAD_S, Tracker, choose_mode, start_wandb
+from .tracker import FINISH_S, STOP_S, UPLOAD_S, Tracker, choose_mode, run_name, start_wandb
 
 try:
     import fcntl
@@ -50,12 +51,22 @@ PLAIN_SECONDS = 10.0  # between two progress lines in a log file
 
 
 def process_index() -> int:
-    """This process among several: torchrun sets RANK, a TensorFlow cluster has TF_CONFIG."""
+    """This process among several: torchrun sets RANK, a TensorFlow cluster has TF_CONFIG.
+
+    Raises:
+        UserError: TF_CONFIG is no JSON of a cluster.
+    """
     if "RANK" in os.environ or "TF_CONFIG" not in os.environ:
         return int(os.environ.get("RANK", "0"))
-    config = json.loads(os.environ["TF_CONFIG"])
-    task, n_chiefs = config.get("task", {}), len(config.get("cluster", {}).get("chief", ()))
-    return int(task.get("index", 0)) + (n_chiefs if task.get("type") == "worker" else 0)
+    try:
+        config = json.loads(os.environ["TF_CONFIG"])
+        task, n_chiefs = config.get("task", {}), len(config.get("cluster", {}).get("chief", ()))
+        return int(task.get("index", 0)) + (n_chiefs if task.get("type") == "worker" else 0)
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(
+            f"TF_CONFIG is {reprlib.repr(os.environ['TF_CONFIG'])}: expected JSON such as "
+            '{"cluster": {"worker": ["a:2222", "b:2222"]}, "task": {"type": "worker", "index": 0}}'
+        ) from None
 
 
 def is_main_process() -> bool:
@@ -159,7 +170,7 @@ class RunReport:
         self.metrics_path, self.samples_path = save_dir / METRICS_FILE, save_dir / SAMPLES_FILE
         self.progress = Progress("train", total=run["steps"], unit="step", initial=step)
         self.tracker: Tracker | None = None
-        self.with_artifacts = report.wandb_artifacts
+        self.with_artifacts, self.run = report.wandb_artifacts, run
         if not is_main_process():
             return
         for path in (self.metrics_path, self.samples_path):
@@ -209,7 +220,7 @@ class RunReport:
         def upload(run: Any) -> None:
             import wandb
 
-            name = re.sub(r"[^\w.-]", "-", folder.parent.resolve().name)
+            name = re.sub(r"[^\w.-]", "-", run_name(folder.parent, self.run))
             artifact = wandb.Artifact(name, type="model", description=folder.name)
             artifact.add_dir(str(folder))
             run.log_artifact(artifact)

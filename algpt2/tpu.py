@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, describe
-from .report import log
+from .report import log, process_index
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -32,6 +32,7 @@ def build_strategy(tpu: str | None, n_devices: int | None = None) -> "tf.distrib
 
     if tpu in (None, "none"):
         if os.environ.get("TF_CONFIG"):
+            process_index()  # says what TensorFlow would answer with a traceback
             return tf.distribute.MultiWorkerMirroredStrategy()
         kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
         devices = [device.name for device in tf.config.list_logical_devices(kind)][:n_devices]

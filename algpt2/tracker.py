@@ -104,6 +104,17 @@ def choose_mode(mode: str, say: Callable[[str], None]) -> str:
     return mode
 
 
+def run_name(save_dir: Path, run: dict[str, Any]) -> str:
+    """The name of a run in W&B and on its card: the last part of its `--save_dir`.
+
+    Args:
+        save_dir: on this machine; of a URL its name is one of the cache.
+        run: the content of run.json.
+    """
+    given = run["options"]["report"]["save_dir"]
+    return given.rstrip("/").rpartition("/")[2] if "://" in given else save_dir.resolve().name
+
+
 def start_wandb(
     save_dir: Path, run: dict[str, Any], mode: str, tags: tuple[str, ...],
     say: Callable[[str], None],
@@ -119,7 +130,7 @@ def start_wandb(
             if attempt != mode:
                 wandb.teardown()  # its service holds the id of the run that did not start
             return wandb.init(
-                project="algpt2", dir=save_dir, id=run["wandb_id"], name=save_dir.name,
+                project="algpt2", dir=save_dir, id=run["wandb_id"], name=run_name(save_dir, run),
                 resume="allow" if attempt == "online" else None, mode=attempt, tags=list(tags),
                 # Its copy of what is printed could hold up a print.
                 config=run, settings=wandb.Settings(silent=True, init_timeout=30, console="off"),

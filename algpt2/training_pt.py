@@ -548,13 +548,14 @@ def evaluate(
     model.eval()
     mine = ids[processes.rank :: processes.count]
     size = max(1, batch_size // processes.count)
-    total = torch.zeros((), device=processes.device, dtype=torch.float64)
+    wide = torch.float32 if processes.device.type == "mps" else torch.float64  # mps has no float64
+    total = torch.zeros((), device=processes.device, dtype=wide)
     for start in range(0, math.ceil(len(ids) / processes.count), size):
         check()
         batch = rows[mine[start : start + size]]
         if len(batch):  # the last batch of some processes may be none
             with processes.autocast():
-                total += mean_loss(model, batch, processes.device).double() * len(batch)
+                total += mean_loss(model, batch, processes.device).to(wide) * len(batch)
     model.train(was_training)
     return (processes.mean(total) * processes.count / len(ids)).item()
 

@@ -173,7 +173,7 @@ def start_processes(options: TFTrainOptions, tpu: str | None = None) -> Processe
     count = 1
     if is_cluster:
         cluster = strategy.cluster_resolver.cluster_spec().as_dict()
-        count = len(cluster["worker"]) + len(cluster.get("chief", ()))
+        count = max(1, sum(len(cluster.get(kind, ())) for kind in ("chief", "worker")))
     rank = process_index() if is_cluster else 0
     if options.optim.batch_size % strategy.num_replicas_in_sync:
         raise UserError(

@@ -5,6 +5,7 @@ import random
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
+import fsspec
 import pytest
 
 WORDS = "the a one model token layer block shared learns reads writes of and in text small".split()
@@ -22,6 +23,15 @@ def own_cache(tmp_path_factory, monkeypatch):
     """A cache folder that lives as long as the test."""
     monkeypatch.setenv("ALGPT2_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+
+@pytest.fixture
+def memory():
+    """The store behind memory://, empty before and after."""
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    yield store
+    store.store.clear()
 
 
 @pytest.fixture(scope="session")

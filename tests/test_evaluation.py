@@ -12,7 +12,7 @@ from algpt2.evaluation import (
     Model,
     TextTotals,
     Window,
-    compressor_bits_per_byte,
+    compressor_nats,
     cut_windows,
     score_blimp,
     score_lambada,
@@ -36,9 +36,12 @@ def test_an_untrained_loss_does_not_overflow():
 
 
 def test_compressors_see_the_joined_text():
-    bits = compressor_bits_per_byte(["to be", "or not"])
-    assert bits["gzip -9"] == 8 * len(gzip.compress(b"to be\nor not", 9, mtime=0)) / 12
-    assert bits["xz -9e"] == 8 * len(lzma.compress(b"to be\nor not", preset=9 | 1 << 31)) / 12
+    nats = compressor_nats(["to be", "or not"])
+    n_bytes = {
+        "gzip -9": len(gzip.compress(b"to be\nor not", 9, mtime=0)),
+        "xz -9e": len(lzma.compress(b"to be\nor not", preset=9 | 1 << 31)),
+    }
+    assert nats == {name: pytest.approx(8 * n * math.log(2)) for name, n in n_bytes.items()}
 
 
 def test_table_is_aligned():

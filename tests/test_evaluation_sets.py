@@ -1,5 +1,6 @@
 """Evaluation sets: found, counted, scored, and kept in the run's folder."""
 
+import gzip
 import json
 import math
 import os
@@ -336,8 +337,8 @@ def test_training_and_both_evaluations_agree_with_a_detokenizer(run, tmp_path):
         "--max_steps=1", "--lr=1e-9",
     ])  # fmt: skip
     (line,) = [x for x in read_json_lines(tmp_path / "tuned/metrics.jsonl") if "val_loss" in x]
-    evaluate(tmp_path / "tuned", *flags)
-    evaluate(tmp_path / "tuned", f"--eval_sets={text}", *flags[:3])
+    evaluate(tmp_path / "tuned", *flags, "--compressors")
+    evaluate(tmp_path / "tuned", f"--eval_sets={text}", *flags[:3], "--compressors")
     rows, documents = records(tmp_path / "tuned")
     assert rows["text"] == documents["text"] == "wikitext detokenizer"
     for record, tolerance in ((rows, 1e-6), (documents, 3e-3)):  # a stream leaves an end over
@@ -346,8 +347,12 @@ def test_training_and_both_evaluations_agree_with_a_detokenizer(run, tmp_path):
             assert math.log(values[name]) == pytest.approx(math.log(line[key]), rel=tolerance)
         assert record["details"]["words"] == 26 * 200
         assert record["details"]["text_bytes"] == len(WIKI.encode()) * 200
+        # A compressor gets the text that the model sees; the file's bytes divide both.
+        seen = DETOKENIZERS["wikitext"](WIKI * 200).encode()
+        expected = 8 * len(gzip.compress(seen, 9, mtime=0)) / (200 * len(WIKI.encode()))
+        assert values["gzip -9"] == pytest.approx(expected, rel=5e-3)
     shards = rows_of(text, "wikitext", run).folder
-    evaluate(tmp_path / "tuned", f"--eval_sets={shards}", *flags[:3])
+    evaluate(tmp_path / "tuned", f"--eval_sets={shards}", *flags[:3], "--compressors")
     assert records(tmp_path / "tuned")[-1]["text"] == "wikitext detokenizer"
     assert records(tmp_path / "tuned")[-1]["measures"] == rows["measures"]
     options = TrainOptions(

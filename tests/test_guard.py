@@ -533,7 +533,10 @@ def test_every_start_takes_a_step_however_short_the_time(flags, tmp_path):
 
 # --- W&B -----------------------------------------------------------------------------------------
 
-RUN = {"options": {"optim": {"lr": 1.0}}, "data": {}, "steps": 50, "wandb_id": "abc"}
+RUN = {
+    "options": {"optim": {"lr": 1.0}, "report": {"save_dir": "runs/a"}}, "data": {},
+    "steps": 50, "wandb_id": "abc",
+}  # fmt: skip
 
 
 class SlowWandb(types.ModuleType):

@@ -3,29 +3,19 @@
 import json
 import shutil
 
-import fsspec
 import pytest
 
 import export_gpt2
 import train_pt
 import train_tf
 from algpt2 import mirror
-from algpt2.checkpoints import Checkpoint, newest_checkpoint
+from algpt2.checkpoints import STATE_FILE, Checkpoint, newest_checkpoint
 from algpt2.errors import EXIT_STOPPED, UserError
 from algpt2.packing import pack
 from algpt2.remote import RemoteError, RemotePath, local_folder
 from algpt2.tokenization_algpt2 import load_tokenizer
 
 URL = "memory://bucket/run"
-
-
-@pytest.fixture
-def memory():
-    """The store behind memory://, empty before and after."""
-    store = fsspec.filesystem("memory")
-    store.store.clear()
-    yield store
-    store.store.clear()
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +194,8 @@ def test_what_is_there_is_not_overwritten_unasked(flags, memory):
 
 def test_a_checkpoint_at_a_url_is_evaluated_sampled_and_exported(flags, memory, tmp_path, capsys):
     train_pt.main(flags(max_steps=2))
+    card = (RemotePath(URL) / "checkpoint-00000002" / "README.md").read_text()
+    assert "\n# run\n" in card  # not the folder's name in the cache
     lose_the_machine()
     train_pt.main([*flags(checkpoint=URL, config=None), "--eval_only"])
     train_pt.main([*flags(checkpoint=f"{URL}/checkpoint-00000002"), "--sample_only",
@@ -212,6 +204,18 @@ def test_a_checkpoint_at_a_url_is_evaluated_sampled_and_exported(flags, memory, 
     export_gpt2.main([URL, str(tmp_path / "out")])
     with pytest.raises(UserError, match="no checkpoint at memory://bucket/nothing"):
         train_pt.main([*flags(checkpoint="memory://bucket/nothing"), "--eval_only"])
+
+
+def test_evaluations_of_a_model_at_a_url_add_up(flags, memory):
+    train_pt.main(flags(max_steps=2))
+    model = "memory://bucket/model"
+    for path in (local_folder(URL) / "checkpoint-00000002").iterdir():
+        if path.name != STATE_FILE:  # a model of no run
+            (RemotePath(model) / path.name).put(path)
+    for stride in (8, 16):
+        train_pt.main([*flags(checkpoint=model, config=None, stride=stride), "--eval_only"])
+    content = json.loads((local_folder(model) / "evaluation.json").read_text())
+    assert [record["stride"] for record in content["evaluations"]] == [8, 16]
 
 
 def test_another_machine_fetches_the_checkpoint_of_process_0(flags, memory, monkeypatch):

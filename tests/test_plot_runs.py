@@ -56,13 +56,28 @@ def test_what_is_no_run_is_a_user_error(tmp_path, content):
         plot_runs.main([str(tmp_path)])
 
 
-def test_without_arguments_it_draws_what_is_in_runs(tmp_path, monkeypatch):
+def test_without_arguments_it_draws_what_is_in_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no run to draw"):
         plot_runs.main([])
     assert not Path("curves.png").exists()
-    Path("runs/a").mkdir(parents=True)
     line = {"step": 1, "tokens": 4, "loss": 2.0, "lr": 0.1, "elapsed_s": 1.0}
-    Path("runs/a/metrics.jsonl").write_text(json.dumps(line) + "\n")
+    for folder in (Path("runs/a"), Path("runs/quickstart/model")):
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     plot_runs.main([])
     assert Path("curves.png").exists()
+    lines = capsys.readouterr().out.splitlines()
+    assert [x.partition(":")[0] for x in lines[:2]] == ["runs/a", "runs/quickstart/model"]
+
+
+def test_runs_of_one_name_are_told_apart(run):
+    lines = plot_runs.read_run(run)
+    figure = plot_runs.draw({"a/model": lines, "b/model": lines, "c/other": lines}, "step", 1)
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels[::2] == ["a/model", "b/model", "other"]
+
+
+def test_a_width_that_is_none_is_a_user_error(run):
+    with pytest.raises(UserError, match="above zero, got --smooth 0"):
+        plot_runs.main([str(run), "--smooth=0"])

@@ -23,15 +23,6 @@ SCRIPT = Path(make_tfrecords.__file__)
 
 
 @pytest.fixture
-def memory():
-    """The store behind memory://, empty before and after."""
-    store = fsspec.filesystem("memory")
-    store.store.clear()
-    yield store
-    store.store.clear()
-
-
-@pytest.fixture
 def pack(corpus, tokenizer_folder):
     """Run make_tfrecords.py on the corpus, into 5 shards."""
 

@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 
 from algpt2 import report
+from algpt2.errors import UserError
 from algpt2.options import ReportOptions
 from algpt2.report import Progress, RunReport, open_run
+from algpt2.tracker import run_name
 
-RUN = {"options": {"optim": {"lr": 1.0}}, "data": {"train": "a"}, "steps": 3, "wandb_id": "abc"}
+RUN = {
+    "options": {"optim": {"lr": 1.0}, "report": {"save_dir": "runs/a"}}, "data": {"train": "a"},
+    "steps": 3, "wandb_id": "abc",
+}  # fmt: skip
 
 
 class FakeWandb(types.ModuleType):
@@ -109,6 +114,23 @@ def checkpoint(tmp_path):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     return folder
+
+
+@pytest.mark.parametrize("config", ["{bad", "[]", '{"task": {"index": "x"}}'])
+def test_a_cluster_that_cannot_be_read_is_a_user_error(monkeypatch, config):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("TF_CONFIG", config)
+    with pytest.raises(UserError, match=r"^TF_CONFIG is .*: expected JSON such as"):
+        report.process_index()
+
+
+@pytest.mark.parametrize(
+    ("save_dir", "name"), [(".", "here"), ("runs/a", "here"), ("gs://bucket/runs/a/", "a")]
+)
+def test_a_run_has_the_name_of_its_folder_or_url(tmp_path, monkeypatch, save_dir, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run_name(Path(), {"options": {"report": {"save_dir": save_dir}}}) == name
 
 
 def with_artifact(folder, checkpoint, mode, asked=True):

@@ -19,6 +19,7 @@ from algpt2 import report, training_tf
 from algpt2.configuration_algpt2 import ALGPT2Config
 from algpt2.errors import EXIT_STOPPED, UserError
 from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
+from algpt2.packing import pack
 from algpt2.tokenization_algpt2 import load_tokenizer
 
 ROOT = Path(train_tf.__file__).parent
@@ -236,6 +237,16 @@ def test_evaluation_and_samples_of_a_run(flags, corpus, tmp_path, capsys):
     assert first.count("the model") >= 2
     train_tf.main([*sample, "--seed=1"])
     assert capsys.readouterr().out != first
+
+
+def test_shards_of_longer_rows_than_the_model_are_not_evaluated(
+    frameworks, corpus, tokenizer_folder, tmp_path
+):
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    pack(str(corpus / "valid"), tokenizer, tmp_path / "long", seq_len=64, workers=1)
+    run = f"--checkpoint={frameworks / 'pt-AdamW'}"
+    with pytest.raises(UserError, match="rows of 64 tokens do not fit the model's 32 positions"):
+        train_tf.main(["--eval_only", run, f"--val_path={tmp_path / 'long'}", "--device=cpu"])
 
 
 def test_one_sample_is_printed_as_it_comes(frameworks, monkeypatch, capsys):
