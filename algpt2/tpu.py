@@ -1,7 +1,11 @@
 """Where TensorFlow trains: this machine, several workers, one TPU host, or a pod."""
 
+import json
 import os
+import signal
 import socket
+import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +17,7 @@ if TYPE_CHECKING:
 
 HEALTHY_SECONDS, POLL_SECONDS = 600, 10  # a pod that is being created needs minutes
 CONNECT_SECONDS = 20
+MEET_SECONDS, PATIENCE_SECONDS = 0.2, 5  # between two looks for a worker; before it is said
 # States that nothing but a person ends; the others (CREATING, REPAIRING ...) pass.
 LOST_STATES = ("PREEMPTED", "TERMINATED", "DELETING", "STOPPED", "STOPPING", "HIDDEN", "HIDING")
 
@@ -32,8 +37,14 @@ def build_strategy(tpu: str | None, n_devices: int | None = None) -> "tf.distrib
 
     if tpu in (None, "none"):
         if os.environ.get("TF_CONFIG"):
-            process_index()  # says what TensorFlow would answer with a traceback
-            return tf.distribute.MultiWorkerMirroredStrategy()
+            meet_workers()
+            handler = signal.getsignal(signal.SIGTERM)
+            strategy = tf.distribute.MultiWorkerMirroredStrategy()
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(
+                    signal.SIGTERM, handler
+                )  # TensorFlow puts its own, which does nothing
+            return strategy
         kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
         devices = [device.name for device in tf.config.list_logical_devices(kind)][:n_devices]
         return tf.distribute.MirroredStrategy(devices) if len(devices) > 1 else _single()
@@ -53,6 +64,47 @@ def build_strategy(tpu: str | None, n_devices: int | None = None) -> "tf.distrib
             "with the TensorFlow of its image (pip's has no TPU part), or use --tpu none"
         ) from error
     return tf.distribute.TPUStrategy(resolver)
+
+
+def meet_workers() -> None:
+    """Return when all workers of TF_CONFIG are there.
+
+    TensorFlow waits for them, too, but with Python's lock and a handler of SIGTERM that does
+    nothing: no signal would end it. Until all have met, each listens where TensorFlow is going to.
+
+    Raises:
+        UserError: TF_CONFIG is no JSON of a cluster, or its port is not free.
+    """
+    rank, cluster = process_index(), json.loads(os.environ["TF_CONFIG"]).get("cluster", {})
+    addresses = [*cluster.get("chief", ()), *cluster.get("worker", ())]
+    if len(addresses) < 2:
+        return
+    try:
+        listener = socket.create_server(("", int(addresses[rank].rpartition(":")[2])))
+    except (OSError, ValueError, OverflowError, IndexError) as error:
+        raise UserError(
+            f"TF_CONFIG: worker {rank} of {', '.join(addresses)} cannot listen "
+            f"({describe(error)}): expected host:port of this machine, a free port, for each worker"
+        ) from None
+    with listener:
+        for address in addresses[:rank] + addresses[rank + 1 :]:
+            _wait_for(address)
+
+
+def _wait_for(address: str) -> None:
+    """Return when somebody listens at "host:port"."""
+    host, _, port = address.rpartition(":")
+    start_s, is_said = time.monotonic(), False
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+            return
+        except OSError as error:
+            if not is_said and time.monotonic() - start_s > PATIENCE_SECONDS:
+                # On every worker: each waits for another one.
+                print(f"waiting for the worker at {address} ({describe(error)})", file=sys.stderr)
+                is_said = True
+        time.sleep(MEET_SECONDS)
 
 
 def wait_until_healthy(name: str) -> None:

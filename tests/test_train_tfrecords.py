@@ -1,6 +1,7 @@
 """train_tfrecords.py: the order of the rows, bad shards, one process and several workers."""
 
 import collections
+import contextlib
 import json
 import os
 import shutil
@@ -394,6 +395,51 @@ def test_workers_give_one_process_losses_also_after_one_is_killed(flags, tmp_pat
     assert codes == [0, 0], outputs
     assert "continuing at step" in outputs[0]
     assert final_bytes(tmp_path / "killed", 30) == final_bytes(tmp_path / "two", 30)
+
+
+def worker_of(monkeypatch, rank, ports):
+    cluster = {"worker": [f"localhost:{port}" for port in ports]}
+    config = {"cluster": cluster, "task": {"type": "worker", "index": rank}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+
+
+def free_ports(n):
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("", 0))) for _ in range(n)]
+        return [server.getsockname()[1] for server in servers]
+
+
+def test_a_worker_that_waits_for_another_says_so_and_can_be_stopped(monkeypatch):
+    ports = free_ports(2)
+    worker_of(monkeypatch, 1, ports)
+    code = """
+from algpt2 import errors, tpu
+tpu.PATIENCE_SECONDS = 0
+errors.run_script(lambda _: tpu.meet_workers())
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    line = process.stderr.readline()
+    assert line.startswith(f"waiting for the worker at localhost:{ports[0]} (")
+    process.terminate()
+    assert "stopped by SIGTERM" in process.communicate(timeout=10)[1]
+    assert process.returncode == EXIT_STOPPED
+
+
+def test_workers_meet_and_leave_their_ports_free(monkeypatch):
+    ports = free_ports(2)
+    worker_of(monkeypatch, 0, ports)
+    with socket.create_server(("", ports[1])):
+        tpu.meet_workers()
+    socket.create_server(("", ports[0])).close()
+    worker_of(monkeypatch, 1, [*ports, "nowhere"])
+    with (
+        socket.create_server(("", ports[1])) as server,
+        pytest.raises(UserError, match="cannot listen"),
+    ):
+        server.listen()
+        tpu.meet_workers()
 
 
 def test_an_error_of_process_0_is_every_workers(flags, tmp_path):
