@@ -103,7 +103,9 @@ def start_report(trainer: AnyTrainer, run: dict[str, Any]) -> RunReport:
     """What the run reports to, with the lines of all steps that are reported."""
     report = trainer.options.report
     is_cut = trainer.cut is not None
-    return RunReport(local_folder(report.save_dir), run, trainer.step, report, is_cut=is_cut)
+    return RunReport(
+        local_folder(report.save_dir), run, trainer.step, report, is_cut=is_cut, stop=trainer.stop
+    )
 
 
 def check_stop(trainer: AnyTrainer) -> None:

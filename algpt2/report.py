@@ -162,11 +162,14 @@ class RunReport:
 
     Args:
         is_cut: a stop cut what follows `step`: that is done again, its lines are dropped too.
+        stop: true when the run is asked to stop: then W&B gets little time at the end.
     """
 
     def __init__(
-        self, save_dir: Path, run: dict[str, Any], step: int, report: Any, *, is_cut: bool = False
-    ) -> None:
+        self, save_dir: Path, run: dict[str, Any], step: int, report: Any, *, is_cut: bool = False,
+        stop: Any = None,
+    ) -> None:  # fmt: skip
+        self.stop = stop
         self.metrics_path, self.samples_path = save_dir / METRICS_FILE, save_dir / SAMPLES_FILE
         self.progress = Progress("train", total=run["steps"], unit="step", initial=step)
         self.tracker: Tracker | None = None
@@ -240,7 +243,7 @@ class RunReport:
     def __exit__(self, *error: object) -> None:
         self.progress.__exit__()
         if self.tracker is not None:
-            done = self.progress.done >= (self.progress.total or 0)
+            done = self.progress.done >= (self.progress.total or 0) and not self.stop
             at_end = UPLOAD_S if self.with_artifacts else FINISH_S
             self.tracker.finish(at_end if done else STOP_S)
 

@@ -578,9 +578,9 @@ def slow(monkeypatch):
     return install
 
 
-def write(folder, n=50, mode="offline", histograms=False, done=None):
+def write(folder, n=50, mode="offline", histograms=False, done=None, stop=False):
     slowest = 0.0
-    with RunReport(folder, RUN, 0, ReportOptions(wandb=mode)) as run_report:
+    with RunReport(folder, RUN, 0, ReportOptions(wandb=mode), stop=stop) as run_report:
         for step in range(1, n + 1):
             start_s = time.monotonic()
             run_report.metrics({"step": step, "loss": None if step == 2 else 2.0})
@@ -613,9 +613,10 @@ def test_a_wandb_that_hangs_holds_up_nothing(slow, tmp_path, monkeypatch, capsys
     assert "of 50 calls 40 were dropped, 0 failed" in printed
     assert errors._left == [True]
     start_s = time.monotonic()
-    assert write(tmp_path, n=5) < 0.2  # stopped before its last step: less patience
-    assert 0.1 < time.monotonic() - start_s < 2
-    assert "did not finish in 0.1 s" in capsys.readouterr().out
+    for stopped in ({"n": 5}, {"stop": True}):  # before or behind its last step: less patience
+        assert write(tmp_path, **stopped) < 0.2
+        assert "did not finish in 0.1 s" in capsys.readouterr().out
+    assert 0.1 < time.monotonic() - start_s < 4
     module.gate.set()
 
 
