@@ -473,6 +473,11 @@ class _Listing:
             yield from self._cut("", iter([(path, kind)]))
         elif glob.has_magic(source):
             yield from self._cut("", self._matches(path))
+        elif "://" in source:
+            raise UserError(
+                f"{source}: text is not read from URLs: expected a file or folder of this machine,"
+                " hf:NAME or docs:; fetch it first"
+            )
         else:
             raise UserError(f"{source}: no such file or folder (nor a glob, hf:NAME or docs:)")
 

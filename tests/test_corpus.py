@@ -220,6 +220,7 @@ def test_hub_datasets_from_a_local_folder(tmp_path, monkeypatch):
     "source, message",
     [
         ("nowhere", "nowhere: no such file or folder"),
+        ("gs://bucket/text", "gs://bucket/text: text is not read from URLs"),
         ("no*thing", "no\\*thing holds no text: .* found no file"),
         ("empty", "empty holds no text: .* found no file"),
         ("pictures", r"pictures holds no text: .* found 3 other files \(.png: 2, .rar: 1\)"),
