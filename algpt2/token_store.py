@@ -8,7 +8,6 @@ the work folder, the last only when the others are complete:
     00000.json         what was read: counts, number of tokens
 """
 
-import contextlib
 import hashlib
 import itertools
 import math
@@ -136,16 +135,9 @@ def encode_task(
         OSError: disk full.
     """
     base = context.work / f"{task.index:05d}"
-    done = base.with_suffix(".json")
     key = [context.plan, context.encoder, describe_parts(task.parts), task.limit]
-    with contextlib.suppress(FileNotFoundError, UserError):  # not done, or damaged since: again
-        result = read_record(done)
-        _check_result(result, context, key)
-        files = {
-            suffix: list(describe_file(base.with_suffix(suffix))) for suffix in result["files"]
-        }
-        if files == result["files"]:
-            return result
+    if (result := _earlier_result(base, context, key)) is not None:
+        return result
     report = CorpusReport()
     found: list[np.ndarray] = []
     encode = build_encoder(context.tokenizer, context.encoder, context.detokenizer)
@@ -174,8 +166,22 @@ def encode_task(
         path = base.with_suffix(".documents")
         files[".documents"] = write_file(path, found, durable=False)
     result = {"key": key, "tokens": n_tokens, "report": asdict(report), "files": files}
-    write_record(done, result, durable=False)
-    return read_record(done)
+    write_record(base.with_suffix(".json"), result, durable=False)
+    return read_record(base.with_suffix(".json"))
+
+
+def _earlier_result(base: Path, context: Context, key: list[Any]) -> dict[str, Any] | None:
+    """A task's .json, if it and the files that it names are whole and of this text and these
+    options (`key`)."""
+    try:
+        result = read_record(base.with_suffix(".json"))
+        _check_result(result, context, key)
+        files = {
+            suffix: list(describe_file(base.with_suffix(suffix))) for suffix in result["files"]
+        }
+    except (FileNotFoundError, UserError):  # not done, or damaged since: again
+        return None
+    return result if files == result["files"] else None
 
 
 def _check_result(result: dict[str, Any], context: Context, key: list[Any]) -> None:
