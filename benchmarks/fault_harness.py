@@ -1,5 +1,6 @@
 """What the fault families share: a small corpus, commands, kills, and when two runs are equal."""
 
+import contextlib
 import json
 import os
 import random
@@ -60,10 +61,13 @@ class Command:
     def signal(self, number: int) -> None:
         """Send a signal to every process and what it has started."""
         for process in self.processes:
-            try:
+            # torchrun's processes are no group of its own: killed, it leaves them at work.
+            apart = children(process.pid) if number == signal.SIGKILL else []
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
-            except ProcessLookupError:
-                continue
+            for pid in apart:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def wait(self) -> list[int]:
         """Exit codes of all processes."""
@@ -77,6 +81,15 @@ class Command:
     def output(self) -> str:
         """What all processes have written."""
         return "\n".join(path.read_text(errors="replace") for path in self.outputs)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started, and theirs."""
+    try:
+        pids = [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return pids + [other for child in pids for other in children(child)]
 
 
 ENVIRONMENT = {

@@ -1,6 +1,6 @@
 """Faults on purpose: kills, signals, full disks, damaged files, hostile input; all counted.
 
-    python3 benchmarks/faults.py                    # everything, about half an hour
+    python3 benchmarks/faults.py                    # everything, about an hour
     python3 benchmarks/faults.py kills disks        # some families
     python3 benchmarks/faults.py --short            # a few faults of each
     python3 benchmarks/faults.py --table            # of benchmarks/results/faults.json
@@ -57,7 +57,7 @@ def main() -> int:
         for row in FAMILIES[name](options.short, options.seed):
             found[name].append(row)
             print(json.dumps(row), flush=True)
-        if not options.short:  # family by family: they take half an hour
+        if not options.short:  # family by family: they take an hour
             kept |= {family: rows for family, rows in found.items() if rows}
             kept = {family: kept[family] for family in FAMILIES if family in kept}
             RESULTS.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
