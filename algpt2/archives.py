@@ -84,8 +84,7 @@ class _Prefixed(io.RawIOBase):
 class _Process:
     """xz that a process of its own decompresses, ahead of its reader (unxz.py).
 
-    A thread would wait for Python's lock: 8 % of the time, and most of it while a tokenizer is
-    loaded.
+    A thread would wait for Python's lock, longest while a tokenizer is loaded.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -128,7 +127,7 @@ _begun: list[_Process] = []  # that nobody reads yet
 @contextlib.contextmanager
 def read_ahead(sources: Sequence[str]) -> Iterator[None]:
     """If the only source is an .xz, its decompression begins here, before its reader asks for it:
-    importing and loading a tokenizer take as long as a tenth of 300 MB of text."""
+    importing and loading a tokenizer take a while."""
     with contextlib.suppress(OSError):  # what is wrong with it is the reader's to say
         if len(sources) == 1 and sources[0].endswith(XZ_SUFFIXES):
             with Path(sources[0]).expanduser().open("rb") as file:

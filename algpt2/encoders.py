@@ -43,7 +43,7 @@ class FastEncoder:
     """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
-        # The model stands last and is megabytes: not parsed and written again, 0.15 s.
+        # The model stands last and is megabytes: not parsed and written again.
         head, key, model = tokenizer.to_json().partition(',"model":')
         if not key:
             raise ValueError("its tokenizer.json has the model in another place")
@@ -61,7 +61,7 @@ class FastEncoder:
     def __call__(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         if max(map(len, texts)) > PIECE_BYTES:
             return [self._in_pieces(text) for text in texts]
-        # Together: by the text it takes a fifth of the time of encoding.
+        # Together: faster than text by text.
         if has_unassigned(b"".join(text for text in texts if not text.isascii())):
             return [self._encode(text) for text in texts]
         self._look_at_memory(sum(map(len, texts)))

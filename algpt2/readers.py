@@ -196,7 +196,6 @@ class PartReader:
     # Files: each part is opened here.
 
     def _read_text_part(self, part: "Part") -> RawTexts:
-        buffer = memoryview(bytearray(SMALL_BYTES))
         for path, stamp in zip(part.paths, part.stamps, strict=True):
             is_compressed = not path.endswith(".txt") and file_suffix(path) in COMPRESSED
             if self.reading.line_by_line or is_compressed:
@@ -204,7 +203,7 @@ class PartReader:
             else:
                 self._begin_file()
                 try:
-                    yield _without_mark(_read_whole(path, stamp, buffer))
+                    yield _without_mark(_read_whole(path, stamp))
                 except Broken as error:
                     self.count_broken(error)
 
@@ -422,18 +421,13 @@ def _open_zip(path: str, stamp: int) -> zipfile.ZipFile:
     return _zip_file(path, path)
 
 
-def _read_whole(path: str, stamp: int, buffer: memoryview) -> bytes:
-    """A file's bytes, in four system calls where they fit into `buffer`.
-
-    Not with os.read: a new buffer for each file, cut to its size, took 5 % of packing small files.
-    """
+def _read_whole(path: str, stamp: int) -> bytes:
+    """A file's bytes in four system calls where it is small."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
-            n = os.readv(descriptor, [buffer]) if hasattr(os, "readv") else len(buffer)  # Windows
-            if n < len(buffer):
-                content = bytes(buffer[:n])
-            else:
+            content = os.read(descriptor, SMALL_BYTES)
+            if len(content) == SMALL_BYTES:
                 os.lseek(descriptor, 0, os.SEEK_SET)
                 with io.FileIO(descriptor, closefd=False) as file:
                     content = file.readall()
