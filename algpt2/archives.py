@@ -101,14 +101,14 @@ class _Process:
 
         Raises:
             EOFError: the file is damaged or cut off.
-            TasksStopped: the process was killed.
+            TasksStopped: the process was killed, or failed for another reason than its input.
         """
         content = self._process.stdout.read(n)
         if not content and (code := self._process.wait()):
-            if code < 0:
+            if code != unxz.DAMAGED:
                 raise TasksStopped(
-                    f"the process that decompresses {self._name} was killed (out of memory?): what"
-                    " is done is kept; repeat the command"
+                    f"the process that decompresses {self._name} was killed or failed (out of"
+                    " memory?): what is done is kept; repeat the command"
                 )
             raise EOFError(self._process.stderr.read().decode(errors="replace").strip())
         return content

@@ -13,6 +13,7 @@ import threading
 from typing import BinaryIO
 
 CHUNK_BYTES, AHEAD_CHUNKS = 1 << 20, 64
+DAMAGED, FAILED = 1, 2  # exit codes: the input's fault, or this process's (out of memory)
 
 
 class XzStream:
@@ -60,7 +61,7 @@ class XzStream:
 
 
 def main() -> None:
-    """Standard input to standard output; what is wrong with it to standard error, exit code 1."""
+    """Standard input to standard output; what is wrong to standard error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the reader's to answer
     chunks: queue.Queue[bytes | Exception] = queue.Queue(AHEAD_CHUNKS)
     stream = XzStream(sys.stdin.buffer)
@@ -78,7 +79,9 @@ def main() -> None:
     try:
         while chunk := chunks.get():
             if isinstance(chunk, Exception):
-                sys.exit(str(chunk) or type(chunk).__name__)
+                print(str(chunk) or type(chunk).__name__, file=sys.stderr)
+                is_input = isinstance(chunk, (EOFError, OSError, lzma.LZMAError))
+                sys.exit(DAMAGED if is_input else FAILED)
             sys.stdout.buffer.write(chunk)
             sys.stdout.buffer.flush()
     except BrokenPipeError:  # nobody reads any more

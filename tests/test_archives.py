@@ -420,6 +420,20 @@ def test_a_process_that_is_killed_is_no_damage(tmp_path, started):
         list(texts)
 
 
+def test_a_process_without_memory_is_no_damage(tmp_path, monkeypatch):
+    script = tmp_path / "unxz.py"
+    failing = (
+        Path(archives.unxz.__file__)
+        .read_text()
+        .replace("content = self._decompressor.decompress(", "raise MemoryError; (")
+    )
+    script.write_text(failing)
+    monkeypatch.setattr(archives.unxz, "__file__", str(script))
+    path = write(tmp_path / "a.tar.xz", lzma.compress(pack_tar()))
+    with pytest.raises(TasksStopped, match=r"killed or failed \(out of memory"):
+        read(path, skip_broken=True)
+
+
 def test_a_reader_that_stops_early_ends_the_process(tmp_path, started):
     path = write(tmp_path / "a.tar.xz", lzma.compress(pack_tar(FILES | {"z.txt": b"z" * 10**8})))
     texts = read_parts(list_parts([str(path)]), report=CorpusReport())
