@@ -12,7 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    pytorch_utils,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -26,7 +32,6 @@ from transformers.modeling_utils import (
     PreTrainedModel,
     slice_logits_to_keep,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -36,6 +41,11 @@ from .configuration_algpt2 import MASK_BUFFERS, UNINDEXED, ALGPT2Config
 # and 50k. Elsewhere the products must be large enough to fill the device (not tuned).
 LOSS_ROWS_CPU = 256
 LOSS_ROWS = 2048
+
+# Up to so many rows (tokens that `generate` adds at a time), reading the weights takes longer than
+# multiplying, and torch's float32 products on a CPU read them with one core; the two forms below
+# with all. benchmarks/generate.py, two cores: gpt2 23 -> 41 tokens/s, algpt2 33 -> 59.
+FEW_ROWS = 16
 
 logger = logging.get_logger(__name__)
 
@@ -57,6 +67,36 @@ def eager_attention(
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2), weights
+
+
+def _few_rows(x: Tensor) -> bool:
+    rows = x.numel() // x.shape[-1]
+    return x.device.type == "cpu" and 0 < rows <= FEW_ROWS and not torch.is_grad_enabled()
+
+
+class Conv1D(pytorch_utils.Conv1D):
+    """x @ weight + bias, (..., K) -> (..., N)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = torch.get_num_threads()  # of the sum over K, in a batch: each core takes one
+        if not _few_rows(x) or self.nx % pieces:
+            return super().forward(x)
+        rows = x.reshape(-1, pieces, self.nx // pieces).transpose(0, 1)
+        sums = torch.bmm(rows, self.weight.view(pieces, -1, self.nf)).sum(0)
+        return (sums + self.bias.to(sums.dtype)).view(*x.shape[:-1], self.nf)
+
+
+class LMHead(nn.Linear):
+    """x @ weight.T, (..., E) -> (..., V)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _few_rows(x):
+            return super().forward(x)
+        rows = x.reshape(-1, x.shape[-1])
+        # At least two: torch gives the product with a single one to a single core.
+        columns = rows.repeat(2, 1).T if len(rows) == 1 else rows.T
+        logits = (self.weight @ columns).T[: len(rows)].contiguous()
+        return logits.view(*x.shape[:-1], -1)
 
 
 class ResidualConv1D(Conv1D):
@@ -270,7 +310,7 @@ class ALGPT2LMHeadModel(ALGPT2PreTrainedModel, GenerationMixin):
         size, width = config.embedding_size, config.n_embd
         self.transformer = ALGPT2Model(config)
         self.dense = nn.Linear(width, size) if config.is_factorized else None
-        self.lm_head = nn.Linear(size, config.vocab_size, bias=False)
+        self.lm_head = LMHead(size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

@@ -355,6 +355,24 @@ def test_skip_logits_needs_shifted_labels():
         build()(ids(), labels=ids(), skip_logits=True)
 
 
+@pytest.mark.parametrize("threads", [2, 3, 4])  # 3 does not divide the widths: the usual product
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 5), (4, 4), (17, 1)])
+def test_few_rows_on_a_cpu_give_the_same_numbers(threads, shape, monkeypatch):
+    model, calls = build(), []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *x: calls.append(len(x[0])) or bmm(*x))
+    x = ids(batch=shape[0], length=shape[1])
+    expected = model(x).logits  # with a graph: the products of training
+    assert not calls
+    with torch.no_grad():
+        found = model(x).logits
+    few = x.numel() <= modeling_algpt2.FEW_ROWS and threads != 3
+    assert calls == few * 4 * SHAPE["n_layer"] * [threads]
+    assert found.shape == expected.shape and found.is_contiguous()
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_number(use_reentrant):
     model, x = build(num_hidden_groups=1), ids()
