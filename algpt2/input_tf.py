@@ -258,7 +258,11 @@ class ShardInputs:
         rows = host_rows(self.shards, host, n_hosts, optim.seed, step * rows_per_step)
         calls = rows.batch(self.options.steps_per_call * rows_per_step, drop_remainder=True)
         calls = calls.map(parse, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        return calls.unbatch().prefetch(2 * n_replicas)
+        options = tf.data.Options()
+        # The thread that tunes sleeps twice as long each time, and the end of a run waits until it
+        # wakes: 15 s after 100 steps (benchmarks/faults.py signals).
+        options.autotune.enabled = False
+        return calls.unbatch().prefetch(2 * n_replicas).with_options(options)
 
 
 class FileRows(PackedRows):

@@ -143,6 +143,13 @@ def test_a_step_has_its_tokens_wherever_a_call_begins(packed):
         assert np.array_equal(tokens[place], steps[step]), step
 
 
+def test_no_sleeping_thread_tunes_the_input(packed):
+    shards = find_shards("--train_path", [str(packed / "train")])
+    processes = Processes(0, 1, tf.distribute.get_strategy(), "float32")
+    inputs = ShardInputs(shards, TFTrainOptions(optim=OptimOptions(batch_size=4)), processes)
+    assert inputs.dataset(0, 0, 1).options().autotune.enabled is False
+
+
 # --- bad shards ----------------------------------------------------------------------------------
 
 
