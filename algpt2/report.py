@@ -54,10 +54,10 @@ def process_index() -> int:
     """This process among several: torchrun sets RANK, a TensorFlow cluster has TF_CONFIG.
 
     Raises:
-        UserError: TF_CONFIG is no JSON of a cluster.
+        UserError: RANK is no number, TF_CONFIG no JSON of a cluster.
     """
     if "RANK" in os.environ or "TF_CONFIG" not in os.environ:
-        return int(os.environ.get("RANK", "0"))
+        return torchrun_number("RANK", 0)
     try:
         config = json.loads(os.environ["TF_CONFIG"])
         task, n_chiefs = config.get("task", {}), len(config.get("cluster", {}).get("chief", ()))
@@ -67,6 +67,21 @@ def process_index() -> int:
             f"TF_CONFIG is {reprlib.repr(os.environ['TF_CONFIG'])}: expected JSON such as "
             '{"cluster": {"worker": ["a:2222", "b:2222"]}, "task": {"type": "worker", "index": 0}}'
         ) from None
+
+
+def torchrun_number(name: str, lowest: int) -> int:
+    """An environment variable that torchrun sets; without it, the lowest number that it can have.
+
+    Raises:
+        UserError: it has another value.
+    """
+    value = os.environ.get(name, str(lowest))
+    if not value.isdecimal() or int(value) < lowest:
+        raise UserError(
+            f"{name}={value}: expected a number from {lowest} on, as torchrun sets it; unset it to "
+            "run one process"
+        )
+    return int(value)
 
 
 def is_main_process() -> bool:

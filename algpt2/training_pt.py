@@ -7,7 +7,6 @@ step, so a checkpoint is weights, optimizer state and a step number.
 import atexit
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,7 +43,7 @@ from .modeling_algpt2 import ALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TrainOptions
 from .parallel import keep_freed_memory
 from .remote import local_folder
-from .report import RunReport
+from .report import RunReport, torchrun_number
 from .runs import check_memory, check_model_fits, peak_lr, source_folder, text_totals
 from .sampling_pt import sample_texts
 from .tfrecords import PackedRows
@@ -108,9 +107,10 @@ def start_processes(options: TrainOptions) -> Processes:
     """Join the processes that torchrun started (or be the only one) and choose device and dtype.
 
     Raises:
-        UserError: the device is not there, or batch_size does not divide among the processes.
+        UserError: the device is not there, batch_size does not divide among the processes, or the
+            environment is not torchrun's.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count, rank = torchrun_number("WORLD_SIZE", 1), torchrun_number("RANK", 0)
     if options.optim.batch_size % count:
         raise UserError(
             f"--batch_size {options.optim.batch_size} is the batch of all processes: expected a "
@@ -124,10 +124,15 @@ def start_processes(options: TrainOptions) -> Processes:
     else:
         keep_freed_memory()
     if count > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except ValueError as error:  # of the environment
+            raise UserError(
+                f"WORLD_SIZE={count}: {describe(error)}; start several processes with torchrun"
+            ) from error
         # Its threads must end before the interpreter does: left alone, 2 of 40 runs aborted there.
         atexit.register(dist.destroy_process_group)
-    return Processes(int(os.environ.get("RANK", "0")), count, device, _dtype(options.optim, device))
+    return Processes(rank, count, device, _dtype(options.optim, device))
 
 
 def _device(name: str) -> torch.device:
@@ -135,7 +140,7 @@ def _device(name: str) -> torch.device:
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        name = f"cuda:{torchrun_number('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -173,6 +173,26 @@ def test_bad_input_is_a_user_error_and_leaves_nothing(flags, tmp_path, changes, 
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x: expected a number from 1 on"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: expected"),
+        ({"RANK": "-1"}, "RANK=-1: expected a number from 0 on"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: .*start several processes with torchrun"),
+    ],
+)
+def test_an_environment_that_is_not_torchruns_is_a_user_error(
+    flags, monkeypatch, environment, message
+):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        train_pt.main(flags())
+
+
 def test_shards_of_another_tokenizer_or_length_are_refused(flags, corpus, tmp_path):
     import make_tfrecords
     from algpt2 import tokenization_algpt2
