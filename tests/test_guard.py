@@ -488,6 +488,46 @@ def test_two_processes_skip_alike(flags, tmp_path):
     assert done.stdout.count("skipped, ") == 2  # process 0 speaks for both
 
 
+POISONED_DEVICE = """
+import math, numpy as np, tensorflow as tf
+import train_tf
+from algpt2 import errors, training_tf
+training_tf.MIN_STEPS = 4
+whole, init = training_tf.mean_loss, training_tf.Trainer.__post_init__
+trainers = []
+def remember(trainer):
+    trainers.append(trainer)
+    init(trainer)
+def bad(model, rows, seed):
+    loss, more = whole(model, rows, seed), 0.0
+    for step, value in {5: 80.0, 8: math.nan}.items():
+        # On device 0 alone, which the seed is folded with, and in the loss alone.
+        of_device_0 = training_tf._fold(training_tf.step_seed(42, step), 0)
+        more = tf.where(tf.reduce_all(seed == of_device_0), value, more)
+    return loss + more
+def main(argv):
+    code, strategy = train_tf.main(argv), trainers[-1].processes.strategy
+    for variable in trainers[-1].model.trainable_variables:
+        first, second = strategy.experimental_local_results(variable._value)
+        np.testing.assert_array_equal(first.numpy(), second.numpy())
+    return code
+training_tf.Trainer.__post_init__, training_tf.mean_loss = remember, bad
+errors.run_script(main)
+"""
+
+
+def test_two_devices_skip_alike(flags, tmp_path):
+    (tmp_path / "poisoned.py").write_text(POISONED_DEVICE)
+    more = flags(skip_outliers=6, max_steps=10, n_devices=2)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "poisoned.py"), *more], cwd=ROOT, timeout=300, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    skipped = metrics(tmp_path / "run", "skipped")
+    assert [n for (n,) in skipped] == [0] * 5 + [1] * 3 + [2] * 2
+
+
 # --- time ----------------------------------------------------------------------------------------
 
 
