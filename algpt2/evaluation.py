@@ -18,6 +18,8 @@ import numpy as np
 
 from .errors import NonFiniteError
 
+Tick = Callable[[int, int], object]  # called with the tokens just scored and those of all windows
+
 SORTED_WINDOWS = 4096  # windows sorted by length at a time, so that batches hold little padding
 WIDTH_STEP = 16  # batches are padded to multiples of this: few shapes for a compiler
 
@@ -66,18 +68,20 @@ def cut_windows(tokens: np.ndarray, context: int, stride: int) -> Iterator[Windo
 
 
 def score_windows(
-    model: Model, windows: Iterable[Window], tick: Callable[[int], object] = lambda n: None
+    model: Model, windows: Iterable[Window], tick: Tick = lambda n, n_all: None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Of each window, in order: log-probabilities (n_scored,) float64 and whether each token is
     the likeliest, (n_scored,) bool.
 
     Args:
-        tick: called with the number of tokens scored.
+        windows: held, all of them, so that the time left is known.
     Raises:
         NonFiniteError: a log-probability is NaN or infinite.
     """
-    windows = iter(windows)
-    while some := list(itertools.islice(windows, SORTED_WINDOWS)):
+    windows = list(windows)
+    n_all = sum(window.n_scored for window in windows)
+    for start in range(0, len(windows), SORTED_WINDOWS):
+        some = windows[start : start + SORTED_WINDOWS]
         results: list[tuple[np.ndarray, np.ndarray]] = [None] * len(some)
         order = sorted(range(len(some)), key=lambda i: -len(some[i].tokens))
         while order:
@@ -95,7 +99,7 @@ def score_windows(
                 results[i] = log_probs[row, scored].astype(np.float64), is_likeliest[row, scored]
                 if not np.isfinite(results[i][0]).all():
                     raise NonFiniteError("a token's log-probability is not finite")
-            tick(sum(some[i].n_scored for i in batch))
+            tick(sum(some[i].n_scored for i in batch), n_all)
         yield from results
 
 
@@ -114,7 +118,7 @@ class TextTotals:
 
 def text_nats(
     model: Model, texts: Iterable[np.ndarray], stride: int,
-    tick: Callable[[int], object] = lambda n: None,
+    tick: Tick = lambda n, n_all: None,
 ) -> tuple[float, int]:  # fmt: skip
     """Negative log-likelihood in nats of all texts, and how many tokens that is.
 
@@ -170,7 +174,7 @@ class LambadaScore:
 def score_lambada(
     model: Model, passages: Iterable[tuple[str, str]],
     encode: Callable[[Sequence[str]], list[np.ndarray]], end_of_text: int,
-    tick: Callable[[int], object] = lambda n: None,
+    tick: Tick = lambda n, n_all: None,
 ) -> LambadaScore:  # fmt: skip
     """Predict the last word of each passage.
 
@@ -218,7 +222,7 @@ class MinimalPair:
 def score_blimp(
     model: Model, pairs: Iterable[MinimalPair],
     encode: Callable[[Sequence[str]], list[np.ndarray]], end_of_text: int,
-    tick: Callable[[int], object] = lambda n: None,
+    tick: Tick = lambda n, n_all: None,
 ) -> dict[str, tuple[float, int]]:  # fmt: skip
     """Group -> (share of its pairs whose good sentence is the likelier one, number of pairs).
 

@@ -27,6 +27,7 @@ from .evaluation import (
     MinimalPair,
     Model,
     TextTotals,
+    Tick,
     compressor_nats,
     score_blimp,
     score_lambada,
@@ -300,14 +301,14 @@ class Evaluator:
         }[one.kind]  # fmt: skip
         change = DETOKENIZERS.get(detokenizer, str)
         with Progress(f"evaluate {one.name}", unit=" tokens") as progress:
-            measures, details = score(one, change, progress.update)
+            measures, details = score(one, change, lambda n, n_all: progress.update(n, total=n_all))
         n_examples = self.options.eval.n_eval_examples if one.kind in EXAMPLES else None
         return Evaluation(
             set=one.name, sha256=fingerprint(one), n_eval_examples=n_examples,
             measures=tuple(measures), details=details, text=_text_seen(detokenizer), **self.facts,
         )  # fmt: skip
 
-    def _text(self, one: EvalSet, change: Callable[[str], str], tick: Callable) -> Scored:
+    def _text(self, one: EvalSet, change: Callable[[str], str], tick: Tick) -> Scored:
         report = CorpusReport()
 
         def streams() -> Iterator[np.ndarray]:
@@ -315,14 +316,14 @@ class Evaluator:
                 str(one.paths[0]), text_key=self.options.data.text_key, report=report
             ):
                 (ids,) = self.tokenizer.encode_batch([change(text)])
-                yield np.array([self.tokenizer.eot_id, *ids], np.int64)
+                yield np.array([self.tokenizer.eot_id, *ids], self.tokenizer.dtype)
 
         nats, n_tokens = text_nats(self.model, streams(), self.stride, tick)
         totals = TextTotals(n_tokens, report.words + report.line_ends, report.text_bytes)
         texts = documents(str(one.paths[0]), text_key=self.options.data.text_key)
         return self._text_measures(nats, n_tokens, totals, map(change, texts))
 
-    def _shards(self, one: EvalSet, change: Callable[[str], str], tick: Callable) -> Scored:
+    def _shards(self, one: EvalSet, change: Callable[[str], str], tick: Tick) -> Scored:
         rows = open_rows(one.paths[0])
         if rows.manifest.tokenizer_sha256 != self.tokenizer.fingerprint:
             raise UserError(f"{rows.folder} was packed with another tokenizer than the model's")
@@ -342,7 +343,7 @@ class Evaluator:
                 measures.append(replace(bits_per_byte, name=name))
         return measures, details
 
-    def _lambada(self, one: EvalSet, change: Callable[[str], str], tick: Callable) -> Scored:
+    def _lambada(self, one: EvalSet, change: Callable[[str], str], tick: Tick) -> Scored:
         passages = (
             change(f"{context} {word}").rpartition(" ")[::2]
             for context, word in self._first(read_passages(one.paths[0]))
@@ -357,7 +358,7 @@ class Evaluator:
             Measure("ppl, last token", score.token_ppl, "per token", over),
         ], asdict(score)
 
-    def _blimp(self, one: EvalSet, change: Callable[[str], str], tick: Callable) -> Scored:
+    def _blimp(self, one: EvalSet, change: Callable[[str], str], tick: Tick) -> Scored:
         pairs = itertools.chain.from_iterable(self._first(read_pairs(path)) for path in one.paths)
         encode, end_of_text = self.tokenizer.encode_batch, self.tokenizer.eot_id
         groups = score_blimp(self.model, pairs, encode, end_of_text, tick)

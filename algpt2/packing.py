@@ -16,6 +16,7 @@ complete and its copy here removed, the manifest comes last. This machine needs 
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 import re
@@ -307,12 +308,16 @@ def _encode(
         plan=content_sha256({**plan, "sources": None}),
     )
     sizes: list[int] = []
+    on_disk = (sum(part.size for part in task.parts) or 1 for task in tasks)
+    read = [*itertools.accumulate(on_disk)]  # bytes with so many tasks
     with Progress("encode", unit="B") as progress:
         for result in _encoded(context, tasks, running, progress):
             sizes.append(result["tokens"])
             report.add(result["report"])
             note = f"{report.documents:,} documents, task {len(sizes):,} of {len(tasks):,}"
-            progress.update(report.text_bytes - progress.done, note)
+            enough = min(1.0, sum(sizes) / context.max_tokens)
+            total = round(report.text_bytes / max(read[len(sizes) - 1] / read[-1], enough))
+            progress.update(report.text_bytes - progress.done, note, total)
             if sum(sizes) >= context.max_tokens:
                 break
     if not report.documents:

@@ -114,11 +114,13 @@ class Progress:
                 leave=False,
             )
 
-    def update(self, n: int, note: str = "") -> None:
-        """Add `n` units; `note` is a few words shown beside the speed."""
+    def update(self, n: int, note: str = "", total: int | None = None) -> None:
+        """Add `n` units; `note` is a few words shown beside the speed, `total` what is known now
+        of the units in all."""
         self.done += n
-        self.note = note or self.note
+        self.note, self.total = note or self.note, total or self.total
         if self.bar is not None:
+            self.bar.total = self.total
             if note:
                 self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(n)

@@ -92,12 +92,13 @@ def test_the_score_of_a_window_does_not_depend_on_its_batch():
         windows.append(Window(draw.integers(0, 8, length), int(draw.integers(1, length))))
     table, ticks = Bigrams(), []
     model = table.model(context=39, batch_tokens=100)
-    results = [*score_windows(model, windows, ticks.append)]
+    results = [*score_windows(model, windows, lambda *n: ticks.append(n))]
     for window, (log_probs, is_likeliest) in zip(windows, results, strict=True):
         steps = [*itertools.pairwise(window.tokens.tolist())][-window.n_scored :]
         assert log_probs.tolist() == [table.table[step] for step in steps]
         assert is_likeliest.tolist() == [table.table[a].argmax() == b for a, b in steps]
-    assert sum(ticks) == sum(window.n_scored for window in windows)
+    n_all = sum(window.n_scored for window in windows)
+    assert sum(n for n, _ in ticks) == n_all and {n for _, n in ticks} == {n_all}
     widths = {width - 1 for _, width in table.shapes}
     assert widths <= {16, 32, 39}  # few shapes
     assert all(n * (width - 1) <= 100 for n, width in table.shapes)

@@ -200,6 +200,19 @@ def test_n_examples_stops_reading_and_counts_what_was_read(tmp_path, monkeypatch
     assert "1 rows dropped" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("n_examples", "totals"), [(None, [32] * 4), (4, [15, 16])])  # 17 tokens
+def test_progress_knows_about_how_much_there_is(tmp_path, monkeypatch, n_examples, totals):
+    text, seen = write_texts(tmp_path / "text", *["abcdefgh"] * 4), []
+    monkeypatch.setattr(token_store, "TASK_FILES", 1)
+    monkeypatch.setattr(corpus, "RUN_FILES", 1)
+    update = packing.Progress.update
+    monkeypatch.setattr(
+        packing.Progress, "update", lambda self, *a: update(self, *a) or seen.append(self.total)
+    )
+    pack(text, TOKENIZER, tmp_path / "out", seq_len=4, n_examples=n_examples, workers=1)
+    assert seen[: len(totals)] == totals
+
+
 def test_control_codes(tmp_path, text):
     pack(text, TOKENIZER, tmp_path / "none", seq_len=4, use_control_codes=False)
     assert stored(tmp_path / "none")[1] == [5, 6, 7, 8, 1]

@@ -245,6 +245,10 @@ def test_progress_in_a_log_is_plain_lines_with_speed_and_time_left(monkeypatch, 
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "train: 20 step of 100 step 20%, 01:20 left, 1.0 step/s loss 2.0"
     assert len(lines) == 3
+    with Progress("encode", unit="B") as progress:
+        now[0] += 10
+        progress.update(1000, total=4000)  # known on the way
+    assert capsys.readouterr().out == "encode: 1.00kB of 4.00kB 25%, 00:30 left, 100B/s\n"
 
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
