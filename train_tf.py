@@ -13,13 +13,14 @@ those of train_pt.py: a run begun there continues here, and the other way round.
 
 from collections.abc import Sequence
 
-from algpt2.errors import run_script
+from algpt2.errors import import_tensorflow, run_script
 from algpt2.options import TFTrainOptions, parse
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Train, evaluate or sample as the options say; returns the exit code."""
     options = parse(TFTrainOptions, argv)
+    import_tensorflow()
     if options.eval_only:
         return evaluate_only(options)
     if options.sample_only:

@@ -15,7 +15,7 @@ Repeat a command (on every worker) and the run continues where it stopped; a fin
 
 from collections.abc import Sequence
 
-from algpt2.errors import run_script
+from algpt2.errors import import_tensorflow, run_script
 from algpt2.options import TFRecordOptions, parse
 
 
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         from algpt2 import dry_run
 
         return dry_run.run(options)
+    import_tensorflow()
     return evaluate_only(options) if options.eval_only else train(options)
 
 

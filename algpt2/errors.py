@@ -1,13 +1,15 @@
 """Errors that a user can cause: one line, what was expected, what came, what to do; exit code 2."""
 
 import contextlib
+import importlib
 import os
 import signal
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 EXIT_USER_ERROR = 2  # the command has to be changed
@@ -15,6 +17,7 @@ EXIT_NON_FINITE = 3  # loss or gradient is NaN or infinite: a person has to look
 EXIT_STOPPED = 75  # by a signal or --max_minutes, nothing lost: run the same command again
 
 _left: list[bool] = []
+_stderr = [2]  # the last is where people read
 
 
 class UserError(ValueError):
@@ -85,8 +88,27 @@ def _listen() -> None:
 def _leave(number: int, frame: Any) -> None:
     name = signal.Signals(number).name
     with contextlib.suppress(OSError):  # not print: it may be what the signal interrupted
-        os.write(2, f"\nstopped by {name}: the same command continues\n".encode())
+        os.write(_stderr[-1], f"\nstopped by {name}: the same command continues\n".encode())
     os._exit(EXIT_STOPPED)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing on stderr, of C++ code neither, but for what `_leave` says."""
+    _stderr.append(os.dup(2))
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(_stderr[-1], 2)
+        os.close(_stderr.pop())
+
+
+def import_tensorflow() -> None:
+    """Import it without the lines that it prints at any log level; `--debug` shows them."""
+    with contextlib.nullcontext() if "--debug" in sys.argv else quiet():
+        importlib.import_module("tensorflow")
 
 
 def leave_threads() -> None:

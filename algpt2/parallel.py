@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import UserError, describe
+from .errors import UserError, describe, quiet
 
 Task, Result = TypeVar("Task"), TypeVar("Result")
 
@@ -157,7 +157,7 @@ def _connected(address: str) -> Iterator[Any]:
         _check_answers(address)
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = {"PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
-        with _quiet():
+        with quiet():
             ray.init(
                 address, log_to_driver=False, logging_level="ERROR",
                 runtime_env={"env_vars": environment},
@@ -194,19 +194,6 @@ def _answers(address: str) -> bool:
     except OSError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing on stderr, of C++ code neither."""
-    stderr = os.dup(2)
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
 
 
 def _as_worker(folder: str, function: Callable[[Task], Result], task: Task) -> Result:

@@ -64,3 +64,12 @@ def test_a_module_imports_the_frameworks_of_its_name_only(module):
 def test_a_script_opens_with_commands(script):
     docstring = ast.get_docstring(ast.parse((ROOT / script).read_text()))
     assert f"python3 {script}" in docstring
+
+
+@pytest.mark.parametrize("script", ["train_tf.py", "train_tfrecords.py"])
+def test_tensorflow_says_nothing_before_the_scripts_do(script, tmp_path):
+    flags = ["--eval_only", f"--checkpoint={tmp_path}", f"--val_path={tmp_path}"]
+    command = [sys.executable, script, *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
