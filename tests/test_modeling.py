@@ -390,6 +390,12 @@ def test_a_graph_of_few_rows_takes_any_number_of_them(way, grad):
             torch.testing.assert_close(graph(y), model(y), atol=TOLERANCE, rtol=0)
 
 
+@torch.no_grad()
+def test_no_rows_have_no_products():
+    assert modeling_algpt2.Conv1D(16, 32)(torch.empty(0, 32)).shape == (0, 16)
+    assert build().lm_head(torch.empty(0, 16)).shape == (0, VOCAB)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, None])
 def test_few_rows_of_another_precision_have_the_usual_product(dtype, monkeypatch):
     model = build().to(dtype or torch.float32)
