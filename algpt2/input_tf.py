@@ -151,7 +151,8 @@ def check_shards(
     if n_ids > n_embeddings or (exact and n_ids != n_embeddings):
         raise UserError(
             f"{flag}: {shards.folder} was packed with {n_ids:,} entries and the model has "
-            f"{n_embeddings:,}: expected the same; pack with the model's tokenizer"
+            f"{n_embeddings:,}: expected the same; pack with the model's tokenizer "
+            "or choose another --config_path"
         )
     if manifest.seq_len > config["n_positions"]:
         raise UserError(

@@ -70,20 +70,24 @@ def eager_attention(
 
 
 def _few_rows(x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False  # a graph would be one for so many rows and no others
     rows = x.numel() // x.shape[-1]
-    return x.device.type == "cpu" and 0 < rows <= FEW_ROWS and not torch.is_grad_enabled()
+    plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    cpu = x.device.type == "cpu" and not torch.is_grad_enabled()
+    return cpu and plain and 0 < rows <= FEW_ROWS
 
 
 class Conv1D(pytorch_utils.Conv1D):
     """x @ weight + bias, (..., K) -> (..., N)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        pieces = torch.get_num_threads()  # of the sum over K, in a batch: each core takes one
-        if not _few_rows(x) or self.nx % pieces:
+        if not _few_rows(x) or self.nx % torch.get_num_threads():
             return super().forward(x)
+        pieces = torch.get_num_threads()  # of the sum over K, in a batch: each core takes one
         rows = x.reshape(-1, pieces, self.nx // pieces).transpose(0, 1)
         sums = torch.bmm(rows, self.weight.view(pieces, -1, self.nf)).sum(0)
-        return (sums + self.bias.to(sums.dtype)).view(*x.shape[:-1], self.nf)
+        return (sums + self.bias).view(*x.shape[:-1], self.nf)
 
 
 class LMHead(nn.Linear):

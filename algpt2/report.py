@@ -54,10 +54,10 @@ def process_index() -> int:
     """This process among several: torchrun sets RANK, a TensorFlow cluster has TF_CONFIG.
 
     Raises:
-        UserError: RANK is no number, TF_CONFIG no JSON of a cluster.
+        UserError: RANK is none that torchrun sets, TF_CONFIG no JSON of a cluster.
     """
     if "RANK" in os.environ or "TF_CONFIG" not in os.environ:
-        return torchrun_number("RANK", 0)
+        return torchrun_process()[0]
     try:
         config = json.loads(os.environ["TF_CONFIG"])
         task, n_chiefs = config.get("task", {}), len(config.get("cluster", {}).get("chief", ()))
@@ -67,6 +67,21 @@ def process_index() -> int:
             f"TF_CONFIG is {reprlib.repr(os.environ['TF_CONFIG'])}: expected JSON such as "
             '{"cluster": {"worker": ["a:2222", "b:2222"]}, "task": {"type": "worker", "index": 0}}'
         ) from None
+
+
+def torchrun_process() -> tuple[int, int]:
+    """This process and the number of processes, as torchrun sets them; 0 and 1 without it.
+
+    Raises:
+        UserError: they are no numbers, or not the first below the second.
+    """
+    rank, count = torchrun_number("RANK", 0), torchrun_number("WORLD_SIZE", 1)
+    if rank >= count:
+        raise UserError(
+            f"RANK={rank}: expected a number below WORLD_SIZE={count}, as torchrun sets both; "
+            "unset both to run one process"
+        )
+    return rank, count
 
 
 def torchrun_number(name: str, lowest: int) -> int:

@@ -43,7 +43,7 @@ from .modeling_algpt2 import ALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TrainOptions
 from .parallel import keep_freed_memory
 from .remote import local_folder
-from .report import RunReport, torchrun_number
+from .report import RunReport, torchrun_number, torchrun_process
 from .runs import check_memory, check_model_fits, peak_lr, source_folder, text_totals
 from .sampling_pt import sample_texts
 from .tfrecords import PackedRows
@@ -110,7 +110,7 @@ def start_processes(options: TrainOptions) -> Processes:
         UserError: the device is not there, batch_size does not divide among the processes, or the
             environment is not torchrun's.
     """
-    count, rank = torchrun_number("WORLD_SIZE", 1), torchrun_number("RANK", 0)
+    rank, count = torchrun_process()
     if options.optim.batch_size % count:
         raise UserError(
             f"--batch_size {options.optim.batch_size} is the batch of all processes: expected a "

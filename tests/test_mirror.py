@@ -222,6 +222,7 @@ def test_another_machine_fetches_the_checkpoint_of_process_0(flags, memory, monk
     train_pt.main(flags(max_steps=2))
     found = newest_checkpoint(local_folder(URL))
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     lose_the_machine()
     here = mirror.checkpoint_here(Checkpoint(found.folder, found.state), URL)
     assert here.folder == found.folder and here.state == found.state

@@ -373,6 +373,38 @@ def test_few_rows_on_a_cpu_give_the_same_numbers(threads, shape, monkeypatch):
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("way", ["compile", "export", "trace"])
+def test_a_graph_of_few_rows_takes_any_number_of_them(way, grad):
+    model = torch.nn.Sequential(modeling_algpt2.Conv1D(16, 32), build().lm_head)
+    x, any_size = torch.randn(2, 5, 32), {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    with torch.set_grad_enabled(grad):
+        if way == "compile":
+            graph = torch.compile(model, backend="eager", fullgraph=True)
+        elif way == "export":
+            graph = torch.export.export(model, (x,), dynamic_shapes=(any_size,)).module()
+        else:
+            graph = torch.jit.trace(model, x, check_trace=False)
+        for y in (x, x[:1, :3], x.repeat(2, 3, 1)):
+            torch.testing.assert_close(graph(y), model(y), atol=TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_no_rows_have_no_products():
+    assert modeling_algpt2.Conv1D(16, 32)(torch.empty(0, 32)).shape == (0, 16)
+    assert build().lm_head(torch.empty(0, 16)).shape == (0, VOCAB)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, None])
+def test_few_rows_of_another_precision_have_the_usual_product(dtype, monkeypatch):
+    model = build().to(dtype or torch.float32)
+    monkeypatch.setattr(torch, "bmm", None)
+    monkeypatch.setattr(torch.Tensor, "repeat", None)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
+        model(ids(batch=1, length=1))
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_number(use_reentrant):
     model, x = build(num_hidden_groups=1), ids()

@@ -228,6 +228,7 @@ def test_a_damaged_run_json_is_a_user_error(tmp_path, text):
 
 def test_processes_other_than_0_write_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with RunReport(tmp_path, RUN, 0, ReportOptions(wandb="offline")) as run_report:
         run_report.metrics({"step": 1, "loss": 2.0})
         run_report.samples(1, "a", ["b"])

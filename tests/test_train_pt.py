@@ -179,6 +179,8 @@ def test_bad_input_is_a_user_error_and_leaves_nothing(flags, tmp_path, changes, 
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x: expected a number from 1 on"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: expected"),
         ({"RANK": "-1"}, "RANK=-1: expected a number from 0 on"),
+        ({"RANK": "1"}, "RANK=1: expected a number below WORLD_SIZE=1"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2: expected a number below WORLD_SIZE=2"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: .*start several processes with torchrun"),
     ],
 )
