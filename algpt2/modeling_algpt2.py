@@ -44,8 +44,10 @@ LOSS_ROWS = 2048
 
 # Up to so many rows (tokens that `generate` adds at a time), reading the weights takes longer than
 # multiplying, and torch's float32 products on a CPU read them with one core; the two forms below
-# with all. benchmarks/generate.py, two cores: gpt2 23 -> 41 tokens/s, algpt2 33 -> 59.
-FEW_ROWS = 16
+# with all. benchmarks/generate.py, two cores: 1.8 (gpt2) and 2.6 (algpt2) times the tokens/s of
+# transformers' GPT-2, which were 1.0 and 1.4 without. The sums over pieces are small beside the
+# weight as long as rows times pieces are beside K.
+FEW_ROWS, MAX_PIECES = 16, 8
 
 logger = logging.get_logger(__name__)
 
@@ -82,9 +84,10 @@ class Conv1D(pytorch_utils.Conv1D):
     """x @ weight + bias, (..., K) -> (..., N)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _few_rows(x) or self.nx % torch.get_num_threads():
+        # Pieces of the sum over K, in a batch: each core takes one.
+        pieces = min(torch.get_num_threads(), MAX_PIECES) if _few_rows(x) else 1
+        if pieces == 1 or self.nx % pieces:
             return super().forward(x)
-        pieces = torch.get_num_threads()  # of the sum over K, in a batch: each core takes one
         rows = x.reshape(-1, pieces, self.nx // pieces).transpose(0, 1)
         sums = torch.bmm(rows, self.weight.view(pieces, -1, self.nf)).sum(0)
         return (sums + self.bias).view(*x.shape[:-1], self.nf)
