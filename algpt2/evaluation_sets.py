@@ -452,6 +452,9 @@ class ResultFiles:
         move = "move it away, or evaluate a copy of the checkpoint"
         if not os.access(folder, os.W_OK):
             raise UserError(f"cannot write evaluation.json in {folder}: copy the checkpoint")
+        for path in (self.json_path, self.markdown_path):
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise UserError(f"{path} is no file: {move}")
         if self.markdown_path.exists():
             if not self.markdown_path.read_bytes().startswith(MARKDOWN_HEAD.encode()):
                 raise UserError(f"{self.markdown_path} is not a table of --eval_only: {move}")

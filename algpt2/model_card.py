@@ -9,6 +9,7 @@ and its README.md is a model card out of run.json, metrics.jsonl and evaluation.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ from .checkpoints import (
     CARD_FILE,
     STATE_FILE,
     checkpoint_folders,
+    is_plain_file,
     read_record,
     write_json,
     write_text,
@@ -102,7 +104,8 @@ def write_card(folder: Path, save_dir: Path, step: int) -> None:
         UserError: run.json or metrics.jsonl is damaged.
     """
     path = folder / CARD_FILE
-    if path.is_symlink() or (path.exists() and CARD_HEAD.encode() not in path.read_bytes()):
+    is_card = is_plain_file(path) and CARD_HEAD.encode() in path.read_bytes()
+    if os.path.lexists(path) and not is_card:
         return
     run = read_record(save_dir / RUN_FILE, required=False)
     lines = read_json_lines(save_dir / METRICS_FILE)
@@ -156,6 +159,8 @@ def validation_measures(run: dict[str, Any], line: dict[str, Any]) -> Iterable[l
 def evaluation_measures(path: Path, checkpoint: str) -> list[list[str]]:
     """Rows (text, measure, value, unit) of what `--eval_only` measured on this checkpoint; the text
     with all that tells one evaluation of it from another."""
+    if not is_plain_file(path):  # a pipe would be waited for
+        return []
     try:
         records = json.loads(path.read_text(encoding="utf-8"))["evaluations"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

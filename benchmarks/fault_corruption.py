@@ -20,6 +20,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,7 @@ MARKER, CARD, LOCK = "training_state.json", "README.md", ".lock"
 OF_THE_CLOCK = {"elapsed_s", "tokens_per_s", "input_wait"}
 WORDS = "the a one model token layer block shared learns reads writes of and in text small".split()
 N_FLIPS = 4  # single flipped bits a file
+HANG_SECONDS = 300  # a run takes a few
 
 
 # --- what is damaged -----------------------------------------------------------------------------
@@ -102,7 +104,15 @@ class Harness:
         self.folder.rename(self.kept)
 
     def _train(self, **changes: Any) -> None:
-        self.main(flags(self.folder, **changes))
+        def hangs(*_: Any) -> None:
+            raise RuntimeError(f"it hangs: not ended after {HANG_SECONDS} s")
+
+        signal.signal(signal.SIGALRM, hangs)
+        signal.alarm(HANG_SECONDS)
+        try:
+            self.main(flags(self.folder, **changes))
+        finally:
+            signal.alarm(0)
 
     def outcome(self, fault: "Fault", seed: int) -> tuple[bool, str]:
         """Whether a fault is survived, and how; or what is wrong."""

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import pytest
 import yaml
 
 import train_pt
-from algpt2 import model_card
+from algpt2 import evaluation_sets, model_card
 from algpt2.checkpoints import newest_checkpoint, read_checkpoint
 from algpt2.errors import UserError
 from algpt2.options import ReportOptions
@@ -43,6 +45,36 @@ def module_run(corpus, tokenizer_folder, config_folder, tmp_path_factory):
 @pytest.fixture
 def run(module_run):
     return module_run[1]
+
+
+@pytest.fixture
+def no_waiting():
+    """A test that waits fails."""
+
+    def fail(*_):
+        raise AssertionError("it waits")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_pipes_are_not_waited_for(run, tmp_path, no_waiting):
+    save_dir = shutil.copytree(run, tmp_path / "run")
+    folder = save_dir / "checkpoint-00000002"
+    card, evaluation = folder / "README.md", save_dir / "evaluation.json"
+    card.unlink()
+    os.mkfifo(card)
+    model_card.write_card(folder, save_dir, 2)
+    assert card.is_fifo()  # somebody's
+    card.unlink()
+    os.mkfifo(evaluation)
+    model_card.write_card(folder, save_dir, 2)
+    assert card.is_file()
+    with pytest.raises(UserError, match=r"evaluation.json is no file: move it away"):
+        evaluation_sets.ResultFiles(save_dir)
 
 
 ELSEWHERE = """
