@@ -44,7 +44,7 @@ LOSS_ROWS = 2048
 
 # Up to so many rows (tokens that `generate` adds at a time), reading the weights takes longer than
 # multiplying, and torch's float32 products on a CPU read them with one core; the two forms below
-# with all. benchmarks/generate.py, two cores: 1.8 (gpt2) and 2.6 (algpt2) times the tokens/s of
+# with all. benchmarks/generate.py, two cores: 1.7 (gpt2) and 2.6 (algpt2) times the tokens/s of
 # transformers' GPT-2, which were 1.0 and 1.4 without. The sums over pieces are small beside the
 # weight as long as rows times pieces are beside K.
 FEW_ROWS, MAX_PIECES = 16, 8
