@@ -37,9 +37,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_algpt2 import MASK_BUFFERS, UNINDEXED, ALGPT2Config
 
-# Rows of float32 logits that the loss holds at a time. CPU: the fastest of 128 to 512 for V of 8k
+# Rows of float32 logits that the loss holds at a time. CPU: the fastest of 128 to 1,024 for V of 8k
 # and 50k. Elsewhere the products must be large enough to fill the device (not tuned).
-LOSS_ROWS_CPU = 256
+LOSS_ROWS_CPU = 512
 LOSS_ROWS = 2048
 
 # Up to so many rows (tokens that `generate` adds at a time), reading the weights takes longer than
@@ -421,7 +421,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
         pieces = (tensor.split(rows) for tensor in (hidden, labels, d_hidden))
         for x, y, d_x in zip(*pieces, strict=True):
-            p = F.linear(x, weight).float()  # (rows, V), from here in place
+            # On a CPU the transposed product is the faster one, by half (V 50k, E 768, float32).
+            p = (weight @ x.T).T if x.device.type == "cpu" else F.linear(x, weight)
+            p = p.float()  # (rows, V), from here in place
             p -= p.amax(-1, keepdim=True)
             loss -= p.gather(-1, y).sum()
             total = p.exp_().sum(-1, keepdim=True)
