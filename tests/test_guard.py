@@ -445,16 +445,20 @@ def test_a_run_with_skipped_steps_goes_on_in_the_other_framework(monkeypatch, so
     assert_same(optimizer_state(target), load_file("optimizer.safetensors"))
 
 
-POISONED_PROCESS = """
-import math, torch
-import train_pt
-from algpt2 import errors, guard, training_pt
-guard.MIN_STEPS = 4
-whole, init = training_pt.mean_loss, training_pt.Trainer.__post_init__
-trainers = []
+# A script around one of ours: its trainer at hand, outliers known from the fifth update on.
+REMEMBER = """
+import math
+import numpy as np
+from algpt2 import errors, guard, {module}
+trainers, init = [], {module}.Trainer.__post_init__
 def remember(trainer):
     trainers.append(trainer)
     init(trainer)
+{module}.Trainer.__post_init__, whole = remember, {module}.mean_loss
+"""
+POISONED_PROCESS = """
+import torch, train_pt
+guard.MIN_STEPS = 4
 def bad(model, rows, device):
     # The batch is bad on process 0 alone, and at first in its loss alone: gradients are shared.
     loss, step = whole(model, rows, device), trainers[-1].step
@@ -469,35 +473,12 @@ def main(argv):
         assert torch.equal(mine, parameter), "the processes have other weights"
     trainers.clear()  # what holds the process group at exit aborts there
     return code
-training_pt.Trainer.__post_init__, training_pt.mean_loss = remember, bad
+training_pt.mean_loss = bad
 errors.run_script(main)
 """
-
-
-def test_two_processes_skip_alike(flags, tmp_path):
-    (tmp_path / "poisoned.py").write_text(POISONED_PROCESS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "poisoned.py"), *flags(skip_outliers=6, max_steps=10)], cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True,
-        text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    skipped = metrics(tmp_path / "run", "skipped")
-    assert [n for (n,) in skipped] == [0] * 5 + [1] * 3 + [2] * 2
-    assert done.stdout.count("skipped, ") == 2  # process 0 speaks for both
-
-
 POISONED_DEVICE = """
-import math, numpy as np, tensorflow as tf
-import train_tf
-from algpt2 import errors, training_tf
+import tensorflow as tf, train_tf
 training_tf.MIN_STEPS = 4
-whole, init = training_tf.mean_loss, training_tf.Trainer.__post_init__
-trainers = []
-def remember(trainer):
-    trainers.append(trainer)
-    init(trainer)
 def bad(model, rows, seed):
     loss, more = whole(model, rows, seed), 0.0
     for step, value in {5: 80.0, 8: math.nan}.items():
@@ -511,21 +492,29 @@ def main(argv):
         first, second = strategy.experimental_local_results(variable._value)
         np.testing.assert_array_equal(first.numpy(), second.numpy())
     return code
-training_tf.Trainer.__post_init__, training_tf.mean_loss = remember, bad
+training_tf.mean_loss = bad
 errors.run_script(main)
 """
+SEVERAL = {
+    "processes": ("training_pt", POISONED_PROCESS, {},
+                  ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]),
+    "devices": ("training_tf", POISONED_DEVICE, {"n_devices": 2}, []),
+}  # fmt: skip
 
 
-def test_two_devices_skip_alike(flags, tmp_path):
-    (tmp_path / "poisoned.py").write_text(POISONED_DEVICE)
-    more = flags(skip_outliers=6, max_steps=10, n_devices=2)
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_two_of_them_skip_alike(kind, flags, tmp_path):
+    module, code, more, launcher = SEVERAL[kind]
+    (tmp_path / "poisoned.py").write_text(REMEMBER.format(module=module) + code)
+    arguments = [str(tmp_path / "poisoned.py"), *flags(skip_outliers=6, max_steps=10, **more)]
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "poisoned.py"), *more], cwd=ROOT, timeout=300, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        [sys.executable, *launcher, *arguments], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     skipped = metrics(tmp_path / "run", "skipped")
     assert [n for (n,) in skipped] == [0] * 5 + [1] * 3 + [2] * 2
+    assert done.stdout.count("skipped, ") == 2  # process 0 speaks for both
 
 
 # --- time ----------------------------------------------------------------------------------------
