@@ -71,8 +71,8 @@ WORDS_BYTES = 1 << 20  # looked at together
 
 
 class _Counted:
-    """Words or line ends of a report's documents, counted when asked for: by the mebibyte it takes
-    a quarter of what it takes by the document."""
+    """Words or line ends of a report's documents, counted when asked for: it is faster by the
+    mebibyte than by the document."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = f"counted_{name}"
