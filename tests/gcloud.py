@@ -68,7 +68,9 @@ def split(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
         Refused: gcloud has no such command or flag.
     """
     words = [x for x in arguments if not x.startswith("-")]
-    command = next((" ".join(words[:n]) for n in (5, 4, 3, 2) if " ".join(words[:n]) in FLAGS), None)
+    command = next(
+        (" ".join(words[:n]) for n in (5, 4, 3, 2) if " ".join(words[:n]) in FLAGS), None
+    )
     if command is None:
         raise Refused(f"Invalid choice: {' '.join(words[:4])}")
     positional, flags, rest = [], {}, arguments[len(command.split()) :]
@@ -129,7 +131,7 @@ class Project:
         return ""
 
 
-def run(project: Project, command: str, names: list[str], flags: dict[str, str]) -> str:
+def run(project: Project, command: str, names: list[str], flags: dict, what: str) -> str:
     """Do what the command says; returns what it prints."""
     group, verb = command.split()[-2:]
     requests, machines = project.data["requests"], project.data["machines"]
@@ -145,7 +147,7 @@ def run(project: Project, command: str, names: list[str], flags: dict[str, str])
     if name not in table:
         raise Refused(f"NOT_FOUND: Resource '{name}' was not found")
     if verb == "delete":
-        if group == "queued-resources":
+        if group == "queued-resources" and what != "orphan":
             machines.pop(name, None)
         del table[name]
         return ""
@@ -173,7 +175,11 @@ def on_worker(machines: dict, verb: str, names: list[str], flags: dict[str, str]
 def verb_of(command: str, flags: dict[str, str]) -> str:
     """A name for the call, in plans: create, delete, describe, scp; ssh by what it is for."""
     if command.endswith("ssh"):
-        for word, name in {"systemd-run": "start", "setup_worker": "setup", "kill -s": "kill"}.items():
+        for word, name in {
+            "systemd-run": "start",
+            "setup_worker": "setup",
+            "kill -s": "kill",
+        }.items():
             if word in flags["command"]:
                 return name
         return "status"
@@ -207,7 +213,7 @@ def main(arguments: list[str]) -> int:
         if what in ("INT", "TERM", "HUP", "KILL"):
             os.kill(int((HOME / "pid").read_text()), signal.Signals[f"SIG{what}"])
             time.sleep(0.3)  # the request is on its way while the script hears of the signal
-        printed = run(project, command, names, flags)
+        printed = run(project, command, names, flags, what)
         print(printed[: len(printed) // 2] if what == "half" else printed, end="")
         if what == "late":  # done, but the answer is lost
             raise Refused("UNAVAILABLE: connection reset")
