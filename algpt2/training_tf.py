@@ -30,6 +30,7 @@ from .checkpoints import (
 from .errors import PeerGoneError, UserError, describe
 from .evaluation import text_metrics
 from .guard import MIN_STEPS, Hint, StepGuard, check_finite
+from .kernels_tf_algpt2 import LOSS_ROWS_CPU
 from .loop import (
     Hooks,
     Metrics,
@@ -40,7 +41,7 @@ from .loop import (
     step_lr_factor,
 )
 from .mirror import checkpoint_here, copy_or_warn
-from .modeling_tf_algpt2 import LOSS_ROWS_CPU, TFALGPT2LMHeadModel
+from .modeling_tf_algpt2 import TFALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TFTrainOptions
 from .parallel import keep_freed_memory
 from .remote import local_folder

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMH
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from algpt2 import ALGPT2Config, ALGPT2LMHeadModel, ALGPT2Model, modeling_algpt2
+from algpt2 import ALGPT2Config, ALGPT2LMHeadModel, ALGPT2Model, kernels_algpt2
 
 TOLERANCE = 1e-5  # float32, absolute on values of order one
 VOCAB = 97
@@ -197,7 +197,7 @@ def test_hidden_states_and_attentions_are_those_of_the_layers():
     assert [tuple(a.shape) for a in outputs.attentions] == [(3, 4, 12, 12)] * 4
     again = model.transformer.h[0](
         outputs.hidden_states[0],
-        layer=0,
+        layer_index=0,
         past_key_values=None,
         mask=torch.full((12, 12), -torch.inf).triu(1),
     )
@@ -290,7 +290,7 @@ def losses_and_gradients(model, x, **kwargs):
 @pytest.mark.parametrize("rows", [5, 33, 256], ids=["uneven pieces", "one", "more than all"])
 @pytest.mark.parametrize("keys", [{}, {"embedding_size": 32}], ids=["E < C", "E = C"])
 def test_the_loss_without_logits_is_the_loss(rows, keys, monkeypatch):
-    monkeypatch.setattr(modeling_algpt2, "LOSS_ROWS_CPU", rows)
+    monkeypatch.setattr(kernels_algpt2, "LOSS_ROWS_CPU", rows)
     model, x = build(**keys), ids()
     plain = losses_and_gradients(model, x)
     skipped = losses_and_gradients(model, x, skip_logits=True)
@@ -307,7 +307,7 @@ def test_the_loss_without_logits_scales_its_gradient_and_survives_large_logits()
     weight, labels = torch.randn(11, 8, requires_grad=True), torch.arange(7)
     expected = F.cross_entropy(hidden @ weight.T, labels)
     wanted = torch.autograd.grad(3 * expected, (hidden, weight))
-    loss = modeling_algpt2.head_cross_entropy(hidden, weight, labels)
+    loss = kernels_algpt2.head_cross_entropy(hidden, weight, labels)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(3 * loss, (hidden, weight)), wanted)
 
@@ -315,7 +315,7 @@ def test_the_loss_without_logits_scales_its_gradient_and_survives_large_logits()
 def test_a_second_backward_is_refused_not_wrong():
     weight = torch.randn(11, 8, requires_grad=True)
     hidden = torch.randn(7, 8, requires_grad=True)
-    loss = modeling_algpt2.head_cross_entropy(hidden, weight, torch.arange(7))
+    loss = kernels_algpt2.head_cross_entropy(hidden, weight, torch.arange(7))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -367,8 +367,8 @@ def test_few_rows_on_a_cpu_give_the_same_numbers(threads, shape, monkeypatch):
     assert not calls
     with torch.no_grad():
         found = model(x).logits
-    few = x.numel() <= modeling_algpt2.FEW_ROWS and threads in (2, 48)
-    assert calls == few * 4 * SHAPE["n_layer"] * [min(threads, modeling_algpt2.MAX_PIECES)]
+    few = x.numel() <= kernels_algpt2.FEW_ROWS and threads in (2, 48)
+    assert calls == few * 4 * SHAPE["n_layer"] * [min(threads, kernels_algpt2.MAX_PIECES)]
     assert found.shape == expected.shape and found.is_contiguous()
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
 
@@ -377,7 +377,7 @@ def test_few_rows_on_a_cpu_give_the_same_numbers(threads, shape, monkeypatch):
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("way", ["compile", "export", "trace"])
 def test_a_graph_of_few_rows_takes_any_number_of_them(way, grad):
-    model = torch.nn.Sequential(modeling_algpt2.Conv1D(16, 32), build().lm_head)
+    model = torch.nn.Sequential(kernels_algpt2.Conv1D(16, 32), build().lm_head)
     x, any_size = torch.randn(2, 5, 32), {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     with torch.set_grad_enabled(grad):
         if way == "compile":
@@ -392,7 +392,7 @@ def test_a_graph_of_few_rows_takes_any_number_of_them(way, grad):
 
 @torch.no_grad()
 def test_no_rows_have_no_products():
-    assert modeling_algpt2.Conv1D(16, 32)(torch.empty(0, 32)).shape == (0, 16)
+    assert kernels_algpt2.Conv1D(16, 32)(torch.empty(0, 32)).shape == (0, 16)
     assert build().lm_head(torch.empty(0, 16)).shape == (0, VOCAB)
 
 

@@ -12,9 +12,10 @@ import pytest
 import tensorflow as tf
 from safetensors.numpy import load_file, save_file
 
-from algpt2 import modeling_tf_algpt2
+from algpt2 import kernels_tf_algpt2
 from algpt2.configuration_algpt2 import ALGPT2Config
-from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel, dropout, gelu_new, head_cross_entropy
+from algpt2.kernels_tf_algpt2 import dropout, gelu_new, head_cross_entropy
+from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-5  # relative to the largest number of an array
@@ -190,15 +191,15 @@ def test_the_loss_in_pieces_is_the_loss_also_weighted_and_scaled(rows):
 
 def test_a_loss_of_many_rows_is_of_no_more_pieces(monkeypatch):
     hidden, weight = tf.random.stateless_normal((40, 8), (0, 1)), tf.ones((11, 8))
-    labels, sizes, piece_loss = np.arange(40) % 11, [], modeling_tf_algpt2._piece_loss
+    labels, sizes, piece_loss = np.arange(40) % 11, [], kernels_tf_algpt2._piece_loss
 
     def counted(logits, *rest):
         sizes.append(logits.shape[0])
         return piece_loss(logits, *rest)
 
-    monkeypatch.setattr(modeling_tf_algpt2, "_piece_loss", counted)
+    monkeypatch.setattr(kernels_tf_algpt2, "_piece_loss", counted)
     many = head_cross_entropy(hidden, weight, labels, None, 3)
-    monkeypatch.setattr(modeling_tf_algpt2, "MAX_PIECES", 3)
+    monkeypatch.setattr(kernels_tf_algpt2, "MAX_PIECES", 3)
     assert_close(head_cross_entropy(hidden, weight, labels, None, 3), many)
     assert sizes == [3] * 13 + [1] + [14, 14, 12]
 
@@ -213,7 +214,7 @@ def test_the_gradients_written_by_hand_are_those_of_tensorflow():
 
     pairs = [
         (gelu_new, lambda x: tf.nn.gelu(x, approximate=True), [x]),
-        (lambda *a: modeling_tf_algpt2.layer_norm(*a, 1e-5), plain_norm, [x, weight, bias]),
+        (lambda *a: kernels_tf_algpt2.layer_norm(*a, 1e-5), plain_norm, [x, weight, bias]),
     ]
     for ours, theirs, variables in pairs:
         with tf.GradientTape(persistent=True) as tape:
