@@ -37,6 +37,7 @@ from .loop import (
     StopRequest,
     check_cut,
     check_stop,
+    last_checkpoint,
     run_loop,
     step_lr_factor,
 )
@@ -528,7 +529,9 @@ class Trainer:
     def hint(self) -> Hint:
         """What to say if the coming step is bad."""
         is_low = self.processes.dtype != "float32"
-        return Hint(self.options.report.save_dir, self.inputs.row_ids(self.step), is_low)
+        return Hint(
+            last_checkpoint(self.options.report.save_dir), self.inputs.row_ids(self.step), is_low
+        )
 
 
 def _build_run(
@@ -676,7 +679,7 @@ def train_steps(trainer: Trainer, n: int) -> tuple[float, float]:
         numbers = (offset, lrs, seeds, guard.window(), guard.in_row)
         results = trainer.run_steps(tokens, *map(tf.constant, numbers))
         for loss, norm, ok in results.numpy().tolist():
-            guard.note(trainer.step + 1, loss, norm, bool(ok), trainer.hint)
+            guard.record(trainer.step + 1, loss, norm, bool(ok), trainer.hint)
             trainer.step += 1
     return loss, norm
 
@@ -772,7 +775,7 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer | None, state: dict[st
     tensors = state_tensors(trainer.model, trainer.optimizer)
     everything = {n: v.numpy() for n, v in trainer.model.named_parameters().items()} | tensors
     bad = [name for name, array in everything.items() if not np.isfinite(array).all()]
-    check_finite(bad, trainer.step, trainer.options.report.save_dir)
+    check_finite(bad, trainer.step, trainer.hint)
 
     def fill(folder: Path) -> None:
         trainer.model.save_pretrained(folder)

@@ -138,11 +138,11 @@ def test_several_steps_in_a_call_keep_the_weights_before_the_bad_one(monkeypatch
 
 
 def test_the_message_says_what_to_change():
-    row_ids = Hint("runs/none", list(range(40)), low_precision=True)
-    message = row_ids.stop("step 9: loss nan", StepGuard(None))
+    hint = Hint("no checkpoint yet", list(range(40)), low_precision=True)
+    message = hint.stop("step 9: loss nan", StepGuard(None))
     assert "rows 0 1 2 3 4 5 6 7 ... (40 of them)" in message
     assert message.endswith("a lower --lr or --precision fp32")
-    assert "(rows" not in Hint("runs/none").stop("step 9", StepGuard(None))
+    assert "(rows" not in Hint("no checkpoint yet").stop("step 9", StepGuard(None))
 
 
 @pytest.fixture
@@ -219,14 +219,14 @@ def test_limits_are_mean_and_standard_deviations_of_the_last_updates():
         if i % 50 == 0:
             found = training_tf.limits(tf.constant(judge.window()), 3.0).numpy()
             assert found == pytest.approx(expected, rel=1e-5)
-        judge.note(i + 1, losses[i], norms[i], True, Hint)
+        judge.record(i + 1, losses[i], norms[i], True, Hint)
     loss_limit, norm_limit = map(float, judge.limits())
-    assert judge.accepts(loss_limit, norm_limit) and judge.accepts(0.0, 0.0)
-    assert not judge.accepts(loss_limit * 1.001, 1.0)
-    assert not judge.accepts(5.0, norm_limit * 1.001)
+    assert judge.allows(loss_limit, norm_limit) and judge.allows(0.0, 0.0)
+    assert not judge.allows(loss_limit * 1.001, 1.0)
+    assert not judge.allows(5.0, norm_limit * 1.001)
     for bad in BAD.values():
-        assert not judge.accepts(bad, 1.0) and not judge.accepts(5.0, bad)
-        assert not StepGuard(z=3.0).accepts(bad, 1.0)  # from the first step on
+        assert not judge.allows(bad, 1.0) and not judge.allows(5.0, bad)
+        assert not StepGuard(z=3.0).allows(bad, 1.0)  # from the first step on
 
 
 # An outlier in the loss alone, in the gradient alone, and numbers that are none.
