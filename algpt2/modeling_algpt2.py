@@ -248,8 +248,8 @@ class ALGPT2Model(ALGPT2PreTrainedModel):
         x = self.drop(x + self.wpe(position_ids))
         if self.projection_layer is not None:
             x = self.projection_layer(x)  # (B, T, C)
-        # This is the sharing: one stored block serves several layers, so its gradient is the sum
-        # over them.
+        # This is the sharing: L layers apply K stored blocks. One block serves several layers, and
+        # its gradient is the sum over them.
         for layer_index, block_index in enumerate(self.config.block_of_layers()):
             x = self.h[block_index](
                 x, layer_index=layer_index, past_key_values=past_key_values, mask=mask,

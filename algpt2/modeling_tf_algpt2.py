@@ -261,8 +261,8 @@ class TFALGPT2Model(Module):
         if self.projection_layer is not None:
             x = tf.cast(self.projection_layer(x), tf.float32)  # (B, T, C)
         presents = []
-        # This is the sharing: one stored block serves several layers, so its gradient is the sum
-        # over them.
+        # This is the sharing: L layers apply K stored blocks. One block serves several layers, and
+        # its gradient is the sum over them.
         for layer_index, block_index in enumerate(self.config.block_of_layers()):
             apply_block = functools.partial(
                 self.h[block_index], layer_index=layer_index, attention_mask=attention_mask,
