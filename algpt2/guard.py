@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from .console import log
 from .errors import NonFiniteError
-from .report import log
 
 WINDOW = 128  # steps that the mean covers: both numbers drift little in them
 MIN_STEPS = 64  # fewer steps in the window give no standard deviation, so no step is an outlier

@@ -24,9 +24,10 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from algpt2.checkpoints import find_checkpoint, write_json  # noqa: E402  (after the path)
+from algpt2.checkpoints import find_checkpoint  # noqa: E402
+from algpt2.console import table  # noqa: E402
 from algpt2.detokenizers import wikitext  # noqa: E402
-from algpt2.evaluation import table  # noqa: E402
+from algpt2.files import write_json  # noqa: E402
 
 TASK = """task: {name}
 dataset_path: json

@@ -29,7 +29,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from algpt2.evaluation import table  # noqa: E402  (after the path)
+from algpt2.console import table  # noqa: E402
 
 
 @dataclass(frozen=True)

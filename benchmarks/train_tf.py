@@ -34,7 +34,7 @@ from harness import (
     save,
 )
 
-from algpt2.evaluation import table
+from algpt2.console import table
 
 # A v3-128: 16 hosts, 64 chips of 123 TFLOP/s in bfloat16 (Google's figure).
 POD_HOSTS, POD_FLOPS, POD_SHARE = 16, 64 * 123e12, 0.4
