@@ -9,7 +9,7 @@ from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from .dry_run import DryRun, Slice
 from .errors import UserError
 from .input_tf import find_shards
-from .modeling_tf_algpt2 import LOSS_ROWS
+from .kernels_tf_algpt2 import LOSS_ROWS
 from .options import TFRecordOptions, TFTrainOptions
 from .runs import check_rows_fit, source_config
 from .training_tf import build_model, build_optimizer, build_step

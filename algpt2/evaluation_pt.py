@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .evaluation import Model
-from .modeling_algpt2 import LOSS_ROWS, LOSS_ROWS_CPU, ALGPT2LMHeadModel
+from .kernels_algpt2 import LOSS_ROWS, LOSS_ROWS_CPU
+from .modeling_algpt2 import ALGPT2LMHeadModel
 from .training_pt import Processes
 
 

@@ -25,7 +25,7 @@ from .tracker import run_name
 
 EVALUATION_FILE = "evaluation.json"
 CARD_HEAD = "<!-- written from run.json; --eval_only and the next checkpoint write it again -->"
-MODEL_FILES = ("configuration_algpt2.py", "modeling_algpt2.py")
+MODEL_FILES = ("configuration_algpt2.py", "kernels_algpt2.py", "modeling_algpt2.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_algpt2.ALGPT2Config",
     "AutoModel": "modeling_algpt2.ALGPT2Model",
@@ -59,7 +59,7 @@ def try_card(folder: Path, save_dir: Path, step: int) -> None:
 
 
 def add_model_code(folder: Path) -> None:
-    """Put the model's two files beside the weights of an ALGPT2, and `auto_map` in config.json."""
+    """Put the model's code beside the weights of an ALGPT2, and `auto_map` in config.json."""
     path = folder / "config.json"
     config = _read_object(path)
     if config.get("model_type") != "algpt2":
