@@ -77,10 +77,10 @@ def train(flags: TFRecordOptions) -> int | None:
 
 def evaluate_only(flags: TFRecordOptions) -> None:
     """Print and save one table of loss, perplexities and bits per byte of a checkpoint."""
-    from algpt2 import console, evaluation_sets, input_tf, runs, training_tf
+    from algpt2 import console, input_tf, model_card, results, runs, sets, training_tf
 
     options = flags.train_options()
-    results = evaluation_sets.ResultFiles(runs.result_folder(options.model))
+    result_files = results.ResultFiles(runs.result_folder(options.model))
     processes = training_tf.start_processes(options, flags.tpu)
     shards = input_tf.find_shards("--val_path", flags.val_path)
     with processes.strategy.scope():
@@ -90,9 +90,10 @@ def evaluate_only(flags: TFRecordOptions) -> None:
     with console.Progress("evaluate", total=len(rows), unit="row") as progress:
         batch_size = options.optim.batch_size
         loss = training_tf.evaluate(model, rows, processes, batch_size, tick=progress.update)
-    one = evaluation_sets.evaluation_of_rows(options, rows.manifest, loss, str(processes.dtype))
-    results.add(one)
-    evaluation_sets.publish([one], results, options)
+    evaluation = sets.evaluation_of_rows(options, rows.manifest, loss, str(processes.dtype))
+    result_files.add(evaluation)
+    result_files.show([evaluation])
+    model_card.publish_evaluation(runs.source_folder(options.model), options.report)
 
 
 if __name__ == "__main__":
