@@ -18,7 +18,7 @@ from algpt2.script import run_script
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Train, evaluate or sample as the options say; returns the exit code."""
-    options = parse(TrainOptions, argv)
+    options = parse(TrainOptions, argv, __doc__)
     if options.eval_only:
         return evaluate_only(options)
     if options.sample_only:

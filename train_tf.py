@@ -19,7 +19,7 @@ from algpt2.script import import_tensorflow, run_script
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Train, evaluate or sample as the options say; returns the exit code."""
-    options = parse(TFTrainOptions, argv)
+    options = parse(TFTrainOptions, argv, __doc__)
     import_tensorflow()
     if options.eval_only:
         return evaluate_only(options)
