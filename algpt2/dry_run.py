@@ -318,7 +318,7 @@ def run(flags: TFRecordOptions) -> None:
     What can be wrong with the command is said before TensorFlow is imported.
     """
     tpu = parse_slice(str(flags.dry_run))
-    rows = 0 if flags.find_batch else tpu.rows_per_core(flags.batch_size)
+    rows = 0 if flags.find_batch else tpu.rows_per_core(flags.optim.batch_size)
     check_requirements()
     from .dry_run_tf import prepare
 

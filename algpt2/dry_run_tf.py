@@ -10,7 +10,7 @@ from .dry_run import DryRun, Slice
 from .errors import UserError
 from .input_tf import find_shards
 from .kernels_tf_algpt2 import LOSS_ROWS
-from .options import TFRecordOptions, TFTrainOptions
+from .options import RowOptions, TFRecordOptions, TFTrainOptions
 from .runs import check_rows_fit, source_config
 from .training_tf import build_model, build_optimizer, build_step
 
@@ -23,21 +23,21 @@ def prepare(flags: TFRecordOptions, tpu: Slice) -> DryRun:
     """
     options = flags.train_options()
     config = source_config(options.model)
-    seq_len = _seq_len(flags, config)
+    seq_len = _seq_len(flags.data, config)
     check_rows_fit(seq_len, config)
     program = StepProgram(options, seq_len, tpu.n_cores)
     flops = program.model.config.flops_per_token(seq_len) * seq_len
     return DryRun(tpu, program, seq_len, flops)
 
 
-def _seq_len(flags: TFRecordOptions, config: dict[str, Any]) -> int:
+def _seq_len(data: RowOptions, config: dict[str, Any]) -> int:
     """`--seq_len`, that of the shards, or without either the model's context."""
-    if flags.seq_len:
-        return flags.seq_len
+    if data.seq_len:
+        return data.seq_len
     try:
-        return find_shards("--train_path", flags.train_path).manifest.seq_len
+        return find_shards("--train_path", data.train_path).manifest.seq_len
     except UserError:
-        if flags.train_path != TFRecordOptions.train_path:
+        if data.train_path != RowOptions.train_path:
             raise
         return config["n_positions"]
 
