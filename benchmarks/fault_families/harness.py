@@ -14,23 +14,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from algpt2 import ALGPT2Config
 
-from algpt2 import ALGPT2Config  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 TIMES = {"elapsed_s", "tokens_per_s", "input_wait", "peak_memory_gb"}  # differ from run to run
 POLL_S = 0.005
 LIMIT_S = 300  # no step of a trial takes as long
 
 
-def result(family: str, what: str, injected: int, lost: list[str], note: str = "") -> dict:
-    """One line of the table; `lost` says of each fault that was not survived what went wrong."""
-    note = "; ".join([*filter(None, [note]), *lost[:3]])
+def row(family: str, what: str, injected: int, lost: int, note: str) -> dict[str, Any]:
+    """One line of the table; `injected` and `lost` count faults."""
     return {
-        "family": family, "what": what, "injected": injected, "survived": injected - len(lost),
-        "lost": len(lost), "note": note,
+        "family": family, "what": what, "injected": injected, "survived": injected - lost,
+        "lost": lost, "note": note,
     }  # fmt: skip
+
+
+def result(
+    family: str, what: str, injected: int, lost: list[str], note: str = ""
+) -> dict[str, Any]:
+    """One line of the table; `lost` has one message for each fault that was not survived."""
+    note = "; ".join([*filter(None, [note]), *lost[:3]])
+    return row(family, what, injected, len(lost), note)
 
 
 @dataclass
