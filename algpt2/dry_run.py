@@ -1,8 +1,9 @@
 """The dry run: what a TPU slice would make of a training step, asked of its compiler, without it.
 
-`train_tfrecords.py --dry_run v3-128` lowers its step to HLO (dry_run_tf.py), libtpu compiles that
-for the slice in a process of its own (tpu_compiler.py), and this module knows the slices, judges
-what comes back and prints it. A program is that of one core, all-reduce over the slice included.
+`train_tfrecords.py --dry_run v3-128` lowers its step to HLO (dry_run_tf.py). libtpu compiles the
+HLO for the slice in a process of its own (tpu_compiler.py). This module knows the slices, judges
+the compiler's answer and prints it. A program is that of one core, all-reduce over the slice
+included.
 """
 
 import importlib.util
@@ -97,6 +98,19 @@ def parse_slice(name: str) -> Slice:
     gcloud_name = f"v5litepod-{size}" if generation == "v5e" else name
     n_cores = int(size) // per_replica
     return Slice(gcloud_name, f"{generation}:{shapes[int(size)]}", n_cores, hbm_gib, chip_config)
+
+
+def check_command(flags: TFRecordOptions) -> Slice:
+    """The slice of `--dry_run`. It imports no TensorFlow, so that a mistake is said at once.
+
+    Raises:
+        UserError: no such slice, a batch that does not divide, or no TPU compiler.
+    """
+    tpu = parse_slice(str(flags.dry_run))
+    if not flags.find_batch:
+        tpu.rows_per_core(flags.batch_size)
+    check_requirements()
+    return tpu
 
 
 def check_requirements() -> None:
@@ -310,20 +324,3 @@ def next_rows(fits: dict[int, int], too_many: int, hbm_bytes: int) -> int:
     slope = max(1.0, (fits[most] - fits[least]) / (most - least))
     guess = most + int((hbm_bytes - fits[most]) / slope)
     return min(max(most + step, guess), MAX_ROWS)
-
-
-def run(flags: TFRecordOptions) -> None:
-    """`--dry_run`: print what a batch takes, or with `--find_batch` the largest that fits.
-
-    What can be wrong with the command is said before TensorFlow is imported.
-    """
-    tpu = parse_slice(str(flags.dry_run))
-    rows = 0 if flags.find_batch else tpu.rows_per_core(flags.batch_size)
-    check_requirements()
-    from .dry_run_tf import prepare
-
-    trial = prepare(flags, tpu)
-    if flags.find_batch:
-        trial.find_batch()
-    else:
-        trial.check(rows)

@@ -15,8 +15,21 @@ from .runs import check_rows_fit, source_config
 from .training_tf import build_model, build_optimizer, build_step
 
 
+def run(flags: TFRecordOptions, tpu: Slice) -> None:
+    """`--dry_run`: print what a batch takes, or with `--find_batch` the largest batch that fits.
+
+    Raises:
+        UserError: as `prepare`; or the batch, or one row, does not fit.
+    """
+    trial = prepare(flags, tpu)
+    if flags.find_batch:
+        trial.find_batch()
+    else:
+        trial.check(tpu.rows_per_core(flags.batch_size))
+
+
 def prepare(flags: TFRecordOptions, tpu: Slice) -> DryRun:
-    """The dry run of a train_tfrecords.py command on a slice; of its shards seq_len alone is read.
+    """The dry run of a train_tfrecords.py command; it reads the shards' seq_len, nothing else.
 
     Raises:
         UserError: no such model, shards that are not there, rows longer than its positions.
