@@ -14,7 +14,6 @@ Everything else (a traceback, other bytes at the end, damage that nobody was tol
 """
 
 import contextlib
-import importlib
 import io
 import json
 import multiprocessing
@@ -34,7 +33,7 @@ from typing import Any
 from algpt2.checkpoints import newest_checkpoint
 from algpt2.errors import UserError, describe
 
-from .harness import row
+from .harness import load_script, row
 
 STEPS, STOPPED_AT, NEWEST, OLDER = 6, 4, "checkpoint-00000004", "checkpoint-00000003"
 LAST = f"checkpoint-{STEPS:08}"
@@ -442,7 +441,7 @@ def run(short: bool = False, seed: int = 0) -> list[dict[str, Any]]:
 
 def run_framework(framework: str, every: int, seed: int) -> list[dict[str, Any]]:
     """Each `every`-th fault with train_pt.py or train_tf.py."""
-    script = importlib.import_module(f"train_{framework}")
+    script = load_script(f"train_{framework}")
     outcomes: dict[str, list[tuple[Fault, bool, str]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         harness = Harness(Path(folder), script.main)

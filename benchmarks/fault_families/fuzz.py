@@ -35,7 +35,7 @@ from algpt2.checkpoints import STATE_FILE
 from algpt2.errors import UserError
 
 from .corruption import flags, make_data
-from .harness import row
+from .harness import load_script, row
 
 LIMIT_S = 10  # an input that takes longer hangs
 LIMIT_BYTES = 1 << 30  # of peak memory more than before, over all inputs
@@ -153,11 +153,11 @@ class Fuzzer:
         self.folder, self.changed = folder, set[Path]()
         os.environ["ALGPT2_CACHE"] = str(folder / "cache")
         make_data(folder)
-        import train_pt
         from algpt2.tokenization_algpt2 import load_tokenizer
 
+        self.train = load_script("train_pt").main
         with _own_signals():
-            train_pt.main(flags(folder, max_steps=1))
+            self.train(flags(folder, max_steps=1))
         self.checkpoint = folder / "run/checkpoint-00000001"
         self.sound_tokenizer = load_tokenizer(str(folder / "tokenizer"))
         self.tokenizer_files = [
@@ -480,8 +480,6 @@ class Fuzzer:
 
     def commands(self, draw: random.Random) -> Read:
         """Whole commands of train_pt.py with one strange number each: no more than two steps."""
-        import train_pt
-
         name = draw.choice(STRANGE_FLAGS)
         value = draw.choice(STRANGE_NUMBERS)
         argv = [*flags(self.folder, max_steps=2, save_dir=self.folder / "try"), f"--{name}={value}"]
@@ -489,7 +487,7 @@ class Fuzzer:
         def read() -> None:
             try:
                 with _own_signals(), contextlib.suppress(ArithmeticError):
-                    train_pt.main(argv)
+                    self.train(argv)
             finally:
                 shutil.rmtree(self.folder / "try", ignore_errors=True)
 

@@ -1,6 +1,7 @@
 """What the fault families share: a small corpus, commands, kills, and when two runs are equal."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from algpt2 import ALGPT2Config
@@ -114,6 +116,14 @@ def workers_of(n: int) -> list[dict[str, str]]:
                                   "task": {"type": "worker", "index": i}})}
         for i in range(n)
     ]  # fmt: skip
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of the root, by its path: benchmarks/train_pt.py would hide it from an import."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_workspace(folder: Path, seed: int) -> None:
