@@ -44,7 +44,7 @@ def prepare(flags: TFRecordOptions, tpu: Slice) -> DryRun:
 
 
 def _seq_len(flags: TFRecordOptions, config: dict[str, Any]) -> int:
-    """`--seq_len`, that of the shards, or without either the model's context."""
+    """`--seq_len`; without it the shards' seq_len; without shards the model's context."""
     if flags.seq_len:
         return flags.seq_len
     try:
@@ -56,14 +56,14 @@ def _seq_len(flags: TFRecordOptions, config: dict[str, Any]) -> int:
 
 
 class SliceReplica(tf.distribute.ReplicaContext):
-    """One replica among `n_replicas`: its all-reduce is the one that TPUStrategy puts in."""
+    """One replica among `n_replicas`; it uses the same all-reduce as TPUStrategy."""
 
     def __init__(self, n_replicas: int) -> None:
         super().__init__(tf.distribute.get_strategy(), replica_id_in_sync_group=0)
         self.n_replicas = n_replicas
 
     def all_reduce(self, reduce_op: Any, value: Any, options: Any = None) -> Any:
-        """Sum or mean over the replicas of each tensor of a nest."""
+        """Sum or average each tensor of a nest over the replicas."""
         groups = tf.range(self.n_replicas)[None]
         is_mean = reduce_op == tf.distribute.ReduceOp.MEAN
 
@@ -103,8 +103,8 @@ class StepProgram:
             tf.TensorSpec([], tf.bool),
         ]
         lower = self._step.experimental_get_compiler_ir(*specs)
-        # Not for a GPU that happens to be here; without a name, or with a platform_name as the
-        # warning wants, TensorFlow draws a random number, an error where ops are deterministic.
+        # The CPU by name, whatever GPU is here. Without a name, or with the platform_name that the
+        # warning asks for, TensorFlow draws a random number, which deterministic ops forbid.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             device = tf.config.list_logical_devices("CPU")[0].name

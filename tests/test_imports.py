@@ -1,4 +1,4 @@
-"""The tower: a file imports from its own folder and from those above it in FOLDERS, in no circle."""
+"""The tower: a file imports from its own folder and those above it in FOLDERS; no import circle."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter

@@ -253,9 +253,9 @@ class Resolver:
     ("name", "message"),
     [
         ("nowhere", "Cloud TPU API is not available.*Name or service not known.*--tpu none"),
-        ("other", "not to be found.*'nodes/other' was not found.*gcloud compute tpus tpu-vm list"),
+        ("other", "not found.*'nodes/other' was not found.*gcloud compute tpus tpu-vm list"),
         ("broken", "still REPAIRING, health UNHEALTHY_TENSORFLOW after 0 minutes"),
-        ("gone", "PREEMPTED and will not come back.*make it anew"),
+        ("gone", "PREEMPTED and will not come back.*create it again"),
         ("mine", r"worker localhost:\d+ does not answer \(Connection refused\)"),
         ("local", "--tpu local cannot be initialized.*TPU host"),
     ],
