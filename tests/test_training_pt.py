@@ -7,6 +7,7 @@ import golden
 import numpy as np
 import pytest
 import torch
+from helpers import random_rows
 
 from algpt2 import ALGPT2Config, ALGPT2LMHeadModel
 from algpt2.errors import NonFiniteError
@@ -25,20 +26,6 @@ OPTIMIZERS = ["AdamW", "Adafactor", "Muon", "SGD"]
 CPU = Processes(0, 1, torch.device("cpu"), torch.float32)
 
 
-class Rows:
-    """Random rows (24, 17) with what a trainer reads of the manifest."""
-
-    def __init__(self, n=24, seq_len=16):
-        self.tokens = np.random.default_rng(0).integers(0, 50, (n, seq_len + 1)).astype(np.uint16)
-        self.manifest = type("Manifest", (), {"seq_len": seq_len})
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def __getitem__(self, ids):
-        return self.tokens[ids]
-
-
 def make_trainer(dropout=0.0, **optim):
     flags = {"lr": 1e-2, "batch_size": 4, "lr_schedule": "constant"} | optim
     options = TrainOptions(optim=OptimOptions(**flags))
@@ -50,7 +37,7 @@ def make_trainer(dropout=0.0, **optim):
     )  # fmt: skip
     model = ALGPT2LMHeadModel(config)
     optimizers = build_optimizer(model, options.optim, options.optim.lr)
-    return Trainer(model, optimizers, options, CPU, Rows(), n_steps=100)
+    return Trainer(model, optimizers, options, CPU, random_rows(), n_steps=100)
 
 
 def weights(trainer):
@@ -167,7 +154,7 @@ def test_gradients_are_clipped_to_the_norm():
 
 def test_evaluation_counts_each_token_once_and_leaves_no_trace():
     trainer = make_trainer(dropout=0.5)
-    rows = Rows(n=7)
+    rows = random_rows(7)
     with torch.no_grad():
         tokens = torch.from_numpy(rows.tokens.astype(np.int64))
         trainer.model.eval()
@@ -180,7 +167,7 @@ def test_evaluation_counts_each_token_once_and_leaves_no_trace():
     assert trainer.model.training
     assert torch.equal(torch.get_rng_state(), random_state)
     first_and_last = evaluate(trainer.model, rows, CPU, 4, n_rows=2)
-    two = Rows(n=7)
+    two = random_rows(7)
     two.tokens = rows.tokens[[0, 6]]
     assert first_and_last == pytest.approx(evaluate(trainer.model, two, CPU, 4), rel=1e-6)
 
@@ -211,7 +198,7 @@ def test_any_causal_model_takes_the_same_step():
     losses = []
     for model in (stock, ours):
         optimizers = build_optimizer(model, options.optim, 1e-3)
-        trainer = Trainer(model, optimizers, options, CPU, Rows(), n_steps=10)
+        trainer = Trainer(model, optimizers, options, CPU, random_rows(), n_steps=10)
         losses.append([train_step(trainer)[0] for _ in range(5)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -232,6 +219,6 @@ def test_golden_losses():
     model.load_state_dict({n: torch.from_numpy(a) for n, a in arrays.items()}, strict=False)
     options = TrainOptions(optim=OptimOptions(**golden.OPTIM))
     optimizers = build_optimizer(model, options.optim, options.optim.lr)
-    trainer = Trainer(model, optimizers, options, CPU, golden.Rows(), n_steps=10)
+    trainer = Trainer(model, optimizers, options, CPU, golden.ROWS, n_steps=10)
     found = [train_step(trainer)[0] for _ in range(10)]
     assert found == pytest.approx(golden.losses(), rel=1e-5)
