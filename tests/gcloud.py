@@ -68,7 +68,9 @@ def split(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
         Refused: gcloud has no such command or flag.
     """
     words = [x for x in arguments if not x.startswith("-")]
-    command = next((" ".join(words[:n]) for n in (5, 4, 3, 2) if " ".join(words[:n]) in FLAGS), None)
+    command = next(
+        (" ".join(words[:n]) for n in (5, 4, 3, 2) if " ".join(words[:n]) in FLAGS), None
+    )
     if command is None:
         raise Refused(f"Invalid choice: {' '.join(words[:4])}")
     positional, flags, rest = [], {}, arguments[len(command.split()) :]
@@ -173,7 +175,11 @@ def on_worker(machines: dict, verb: str, names: list[str], flags: dict[str, str]
 def verb_of(command: str, flags: dict[str, str]) -> str:
     """A name for the call, in plans: create, delete, describe, scp; ssh by what it is for."""
     if command.endswith("ssh"):
-        for word, name in {"systemd-run": "start", "setup_worker": "setup", "kill -s": "kill"}.items():
+        for word, name in {
+            "systemd-run": "start",
+            "setup_worker": "setup",
+            "kill -s": "kill",
+        }.items():
             if word in flags["command"]:
                 return name
         return "status"

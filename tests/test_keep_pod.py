@@ -137,7 +137,9 @@ ACCIDENTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("plan", "codes", "environment", "code"), ACCIDENTS.values(), ids=ACCIDENTS)
+@pytest.mark.parametrize(
+    ("plan", "codes", "environment", "code"), ACCIDENTS.values(), ids=ACCIDENTS
+)
 def test_nothing_is_left_running(home, plan, codes, environment, code):
     assert home.keep(plan, codes, **environment) == code, home.printed
     assert not home.running and not home.project["refused"]
@@ -165,7 +167,9 @@ def test_the_training_gets_its_flags_and_the_bucket_the_log(home):
 
 def test_a_training_that_says_nothing_for_30_minutes_is_killed(home):
     touch = 'touch -d "31 minutes ago" "$HOME/algpt2/train.log"'
-    home.script(home.folder / "bin" / "systemd-run", f"#!/bin/bash\n{touch}\n{WORKER['systemd-run']}\n")
+    home.script(
+        home.folder / "bin" / "systemd-run", f"#!/bin/bash\n{touch}\n{WORKER['systemd-run']}\n"
+    )
     assert home.keep([], [], DEATHS="2") == 137
     assert home.project["calls"]["kill"] == 2 and not home.running
 
