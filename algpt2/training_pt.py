@@ -28,7 +28,6 @@ from .configuration_algpt2 import MAX_LAYERS, ALGPT2Config
 from .console import torchrun_number, torchrun_process
 from .convert_pt import start_model
 from .errors import UserError, describe
-from .evaluation import text_metrics
 from .guard import Hint, StepGuard, check_finite
 from .loop import (
     Hooks,
@@ -48,6 +47,7 @@ from .remote import local_folder
 from .report import RunReport
 from .runs import check_model_fits, peak_lr, source_folder, text_totals
 from .sampling_pt import sample_texts
+from .scoring import text_metrics
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer
 

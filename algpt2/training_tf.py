@@ -29,7 +29,6 @@ from .checkpoints import (
 )
 from .console import log, process_index
 from .errors import PeerGoneError, UserError, describe
-from .evaluation import text_metrics
 from .guard import MIN_STEPS, Hint, StepGuard, check_finite
 from .kernels_tf_algpt2 import LOSS_ROWS_CPU
 from .loop import (
@@ -50,6 +49,7 @@ from .remote import local_folder
 from .report import RunReport
 from .runs import check_model_fits, peak_lr, source_folder, text_totals
 from .sampling_tf import sample_texts
+from .scoring import text_metrics
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer
 from .tpu import build_strategy

@@ -1,6 +1,7 @@
 """ALGPT2 as stock GPT-2 and back: the same logits where possible, else the nearest start."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -242,18 +243,9 @@ def test_models_that_do_not_fit_are_refused(save, source, target, message):
 
 
 @pytest.fixture
-def flags(corpus, config_folder, tmp_path):
-    """Flags of train_pt.py for a few steps on the corpus."""
-
-    def make(save_dir, **changes):
-        options = {
-            "config": config_folder, "save_dir": tmp_path / save_dir, "device": "cpu", "lr": 1e-2,
-            "train_path": corpus / "train", "val_path": corpus / "valid", "seq_len": 16,
-            "max_steps": 60, "logging_steps": 60,
-        } | changes  # fmt: skip
-        return [f"--{name}={value}" for name, value in options.items() if value is not None]
-
-    return make
+def flags(flags):
+    """Flags of train_pt.py for a few steps on the corpus, with the model's own tokenizer."""
+    return partial(flags, tokenizer=None, max_steps=60, logging_steps=60, eval_steps=None)
 
 
 def val_loss(folder):

@@ -9,6 +9,7 @@ import threading
 import time
 import types
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import tensorflow as tf
 import test_training_pt
 import test_training_tf
 import torch
+from helpers import final_bytes, metrics
 from safetensors.numpy import load_file, save_file
 
 import train_pt
@@ -147,16 +149,9 @@ def test_the_message_says_what_to_change():
 
 
 @pytest.fixture
-def flags(corpus, tokenizer_folder, config_folder, tmp_path):
-    def make_flags(save_dir="run", **changes):
-        values = {
-            "config": config_folder, "tokenizer": tokenizer_folder, "save_dir": tmp_path / save_dir,
-            "train_path": corpus / "train", "val_path": corpus / "valid", "seq_len": 16,
-            "max_steps": 12, "eval_steps": 6, "logging_steps": 1, "lr": 1e-2, "device": "cpu",
-        } | changes  # fmt: skip
-        return [f"--{name}={value}" for name, value in values.items() if value is not None]
-
-    return make_flags
+def flags(flags):
+    """A run of twelve steps."""
+    return partial(flags, max_steps=12, eval_steps=6)
 
 
 MAINS = {"pt": (train_pt, training_pt), "tf": (train_tf, training_tf)}
@@ -345,16 +340,6 @@ def spoil(monkeypatch, framework, steps=(5, 6, 9)):
     monkeypatch.setattr(module.Trainer, "__post_init__", poisoned)
 
 
-def metrics(save_dir, *names):
-    lines = [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
-    return [[line.get(name) for name in names] for line in lines]
-
-
-def final_bytes(save_dir, step=12):
-    folder = save_dir / f"checkpoint-{step:08}"
-    return [(folder / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
-
-
 def outliers(save_dir, step=12):
     marker = save_dir / f"checkpoint-{step:08}" / "training_state.json"
     return json.loads(marker.read_text())["outliers"]
@@ -384,7 +369,7 @@ def test_stopped_and_continued_skips_the_same_steps(
                 script.main(flags("stopped", **more, save_steps=3))
         script.main(flags("stopped", **more))
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    assert final_bytes(straight) == final_bytes(stopped)
+    assert final_bytes(straight, 12) == final_bytes(stopped, 12)
     assert outliers(straight) == outliers(stopped)
     names = ("step", "loss", "lr", "grad_norm", "skipped", "val_loss")
     assert metrics(straight, *names) == metrics(stopped, *names)

@@ -18,6 +18,8 @@ from algpt2.kernels_tf_algpt2 import dropout, gelu_new, head_cross_entropy
 from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
 
 ROOT = Path(__file__).resolve().parent.parent
+# The Python with PyTorch, where the one that runs the tests has only a TensorFlow for TPUs.
+PYTORCH = os.environ.get("PYTORCH", sys.executable)
 TOLERANCE = 1e-5  # relative to the largest number of an array
 CASES = [
     "albert", "two-groups", "layer-map", "gpt2", "options", "stock", "bare", "sharded", "unindexed",
@@ -29,7 +31,7 @@ def cases(tmp_path_factory):
     """Folders with checkpoints and outputs of PyTorch, made in a process of its own."""
     folder = tmp_path_factory.mktemp("parity")
     subprocess.run(
-        [sys.executable, ROOT / "tests" / "parity_pt.py", folder], check=True, capture_output=True,
+        [PYTORCH, ROOT / "tests" / "parity_pt.py", folder], check=True, capture_output=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     return folder

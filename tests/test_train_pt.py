@@ -12,36 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import final_bytes, metrics
 
 import train_pt
 from algpt2.errors import EXIT_STOPPED, UserError
 
 ROOT = Path(train_pt.__file__).parent
-
-
-@pytest.fixture
-def flags(corpus, tokenizer_folder, config_folder, tmp_path):
-    """A run of six steps: text in, evaluation and checkpoint at steps 3 and 6."""
-
-    def make(save_dir="run", **changes):
-        options = {
-            "config": config_folder, "tokenizer": tokenizer_folder, "save_dir": tmp_path / save_dir,
-            "train_path": corpus / "train", "val_path": corpus / "valid", "seq_len": 16,
-            "max_steps": 6, "eval_steps": 3, "logging_steps": 1, "lr": 1e-2, "device": "cpu",
-        } | changes  # fmt: skip
-        return [f"--{name}={value}" for name, value in options.items() if value is not None]
-
-    return make
-
-
-def metrics(save_dir, *names):
-    lines = [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
-    return [[line.get(name) for name in names] for line in lines]
-
-
-def final_bytes(save_dir, step=6):
-    folder = save_dir / f"checkpoint-{step:08}"
-    return [(folder / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
 
 
 def test_a_run_leaves_these_files_and_repeating_it_says_done(flags, tmp_path, capsys):
