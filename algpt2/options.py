@@ -409,7 +409,7 @@ class TrainOptions(RunOptions, CheckpointOptions):
         check_between(self.optim, 0, BELOW_ONE, "beta1", "beta2", "momentum")
         check_between(self.optim, 0, 1, "min_lr_ratio", "decay_ratio")
         check_between(self.optim, 0, MAX_NUMBER, "warmup_steps", "weight_decay", "max_grad_norm")
-        check_between(self.optim, 0, 2**53, "seed")
+        check_between(self.optim, 0, MAX_NUMBER, "seed")
         check_between(self.optim, 1, MAX_BATCH, "batch_size", "grad_steps")
         check_between(self.data, 1, 2**28, "seq_len")
         check_between(self.sample, 1, 2**16, "n_samples")
@@ -419,13 +419,15 @@ class TrainOptions(RunOptions, CheckpointOptions):
         if self.eval != EvalOptions() and not self.eval_only:
             raise UserError("--eval_sets, --n_eval_examples and --stride need --eval_only")
         if self.data.detokenizer == "auto" and not self.eval.eval_sets:
-            raise UserError("--detokenizer auto needs --eval_sets: expected the name of one")
+            raise UserError("--detokenizer auto needs --eval_sets: expected wikitext, ptb, lambada")
         if self.optim.fp16 and self.optim.precision not in ("auto", "fp16"):
             raise UserError(f"--fp16 contradicts --precision {self.optim.precision}: drop one")
         if self.model.init_from and (self.model.checkpoint or self.model.from_scratch):
-            raise UserError("--init_from and --checkpoint or --from_scratch: expected one of them")
+            raise UserError(
+                "--init_from and --checkpoint or --from_scratch: expected one, drop the other"
+            )
         if self.eval_only and self.sample_only:
-            raise UserError("--eval_only and --sample_only: expected one of them")
+            raise UserError("--eval_only and --sample_only: expected one, drop the other")
         if (self.eval_only or self.sample_only) and not self.model.checkpoint:
             flag = "--eval_only" if self.eval_only else "--sample_only"
             raise UserError(f"{flag} needs --checkpoint FOLDER")
@@ -450,8 +452,8 @@ class TFTrainOptions(TrainOptions, DeviceOptions):
             raise UserError("fp16 needs PyTorch (train_pt.py): expected --precision bf16 or fp32")
         if self.model.init_from or self.model.init_blocks:
             raise UserError(
-                "--init_from needs PyTorch: start with train_pt.py and stop it; expected here the "
-                "checkpoint that it leaves, --checkpoint RUN"
+                "--init_from needs PyTorch: start with train_pt.py, stop it, and continue its "
+                "checkpoint here with --checkpoint RUN"
             )
 
 
@@ -472,7 +474,7 @@ class TypeOptions:
 class TFRecordOptimOptions(OptimOptions):
     """How it is trained."""
 
-    optimizer: Optimizer = "Adafactor"  # AdamW is better
+    optimizer: Optimizer = "Adafactor"  # AdamW reaches lower losses
     lr: float | None = 1e-4  # peak learning rate
     warmup_steps: int = 10_000  # optimizer steps of linear warm-up
     disable_lr_schedule: bool = False  # lr from the first step to the last
