@@ -25,7 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if options.dry_run:
         from algpt2 import dry_run
 
-        return dry_run.run(options)
+        tpu = dry_run.check_command(options)  # before TensorFlow is imported
+        from algpt2 import dry_run_tf
+
+        return dry_run_tf.run(options, tpu)
     import_tensorflow()
     return evaluate_only(options) if options.eval_only else train(options)
 

@@ -25,7 +25,7 @@ from .results import checkpoint_rows, public_name, public_names
 from .tracker import run_name
 
 CARD_HEAD = "<!-- written from run.json; --eval_only and the next checkpoint write it again -->"
-MODEL_FILES = ("configuration_algpt2.py", "modeling_algpt2.py")
+MODEL_FILES = ("configuration_algpt2.py", "kernels_algpt2.py", "modeling_algpt2.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_algpt2.ALGPT2Config",
     "AutoModel": "modeling_algpt2.ALGPT2Model",

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .modeling_algpt2 import LOSS_ROWS, LOSS_ROWS_CPU, ALGPT2LMHeadModel
+from .kernels_algpt2 import LOSS_ROWS, LOSS_ROWS_CPU
+from .modeling_algpt2 import ALGPT2LMHeadModel
 from .scoring import Model
 from .training_pt import Processes
 

@@ -10,6 +10,7 @@ import sys
 import huggingface_hub
 import pytest
 import yaml
+from helpers import as_flags
 
 import train_pt
 from algpt2 import model_card, results
@@ -36,7 +37,7 @@ def module_run(corpus, tokenizer_folder, config_folder, tmp_path_factory):
         "train_path": corpus / "train", "val_path": corpus / "valid", "seq_len": 16,
         "max_steps": 2, "eval_steps": 1, "device": "cpu",
     }  # fmt: skip
-    flags = [f"--{name}={value}" for name, value in options.items()]
+    flags = as_flags(options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALGPT2_CACHE", str(tmp_path_factory.mktemp("cache")))
         train_pt.main(flags)
