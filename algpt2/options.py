@@ -30,11 +30,6 @@ MAX_NUMBER = 2**53  # of steps, tokens, rows
 MAX_BATCH = 2**20  # rows, whose ids alone take 8 MB
 BELOW_ONE = 1 - 2**-53
 
-# Options that name a file, a folder or a URL.
-PATHS = frozenset(
-    "path train_path val_path save_path save_dir tokenizer config config_path checkpoint init_from "
-    "verify eval_sets runs out".split()
-)
 DEFAULT_TOKENIZER = "algpt2-tokenizer"
 _start = {"s": time.monotonic()}  # of the command
 
@@ -72,7 +67,7 @@ def parse(cls: type[Options], argv: Sequence[str] | None = None, doc: str = "") 
     for name in [name for name, group, _ in groups if issubclass(cls, group)]:
         values |= vars(values.pop(name))
     options = cls(**values)
-    _check_paths(options)
+    _check_not_empty(options)
     return options
 
 
@@ -98,15 +93,17 @@ def _description(doc: str) -> str:
     return doc.partition("\n")[0] + example
 
 
-def _check_paths(options: object) -> None:
-    """`UserError` for an empty path, which would be the current folder: a shell's variable that is
-    not set gives one."""
+def _check_not_empty(options: object) -> None:
+    """`UserError` for an empty value, as of a shell's variable that is not set: as a path it would
+    be the current folder."""
     for option in fields(options):
         value = getattr(options, option.name)
         if is_dataclass(value):
-            _check_paths(value)
-        elif option.name in PATHS and "" in (value if isinstance(value, tuple) else (value,)):
-            raise UserError(f"{option.name} has an empty value: expected a path or a name")
+            _check_not_empty(value)
+        elif value != option.default and (
+            value == () or "" in (value if isinstance(value, tuple) else (value,))
+        ):
+            raise UserError(f"--{option.name} needs at least one value, and no empty one")
 
 
 def seconds_since_start() -> float:
@@ -174,8 +171,6 @@ class TokenizerOptions:
         check_positive(self, "n_files", "vocab_size", "max_bytes")
         check_on_disk(self, "save_path")
         check_between(self, 1, 2**24, "vocab_size")
-        if not self.train_path:
-            raise UserError("--train_path needs at least one folder, file, glob, hf:NAME or docs:")
 
 
 @dataclass(frozen=True)
@@ -235,8 +230,6 @@ class PackOptions(WorkOptions, DocumentOptions, ShardOptions):
         check_between(self, 0, MAX_NUMBER, "seed", "min_length")
         if not 0 <= self.valid_fraction < 1:
             raise UserError(f"--valid_fraction {self.valid_fraction}: expected 0 or more, below 1")
-        if not self.path:
-            raise UserError("--path needs at least one folder, file, glob, hf:NAME or docs:")
         if not self.min_seq_len:
             raise UserError("--no_min_seq_len would pad rows: rows are always full, drop the flag")
 

@@ -102,8 +102,9 @@ def test_help_takes_less_than_a_second_of_cpu():
 @pytest.mark.parametrize(
     ("cls", "flags"),
     [(PackOptions, ["--save_path="]), (TrainOptions, ["--val_path", "a", ""]),
-     (TokenizerOptions, ["--train_path", ""]), (ExportOptions, ["run", ""])],
+     (TokenizerOptions, ["--train_path", ""]), (PackOptions, ["--path"]),
+     (ExportOptions, ["run", ""])],
 )  # fmt: skip
 def test_an_empty_path_is_not_the_current_folder(cls, flags):
-    with pytest.raises(UserError, match="has an empty value: expected a path"):
+    with pytest.raises(UserError, match=r"--\w+ needs at least one value, and no empty one"):
         parse(cls, flags)
