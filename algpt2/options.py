@@ -30,11 +30,6 @@ MAX_NUMBER = 2**53  # of steps, tokens, rows
 MAX_BATCH = 2**20  # rows, whose ids alone take 8 MB
 BELOW_ONE = 1 - 2**-53
 
-# Options that name a file, a folder or a URL.
-PATHS = frozenset(
-    "path train_path val_path save_path save_dir tokenizer config config_path checkpoint init_from "
-    "verify eval_sets runs out".split()
-)
 DEFAULT_TOKENIZER = "algpt2-tokenizer"
 _start = {"s": time.monotonic()}  # of the command
 
@@ -72,7 +67,7 @@ def parse(cls: type[Options], argv: Sequence[str] | None = None, doc: str = "") 
     for name in [name for name, group, _ in groups if issubclass(cls, group)]:
         values |= vars(values.pop(name))
     options = cls(**values)
-    _check_paths(options)
+    _check_not_empty(options)
     return options
 
 
@@ -98,15 +93,17 @@ def _description(doc: str) -> str:
     return doc.partition("\n")[0] + example
 
 
-def _check_paths(options: object) -> None:
-    """`UserError` for an empty path, which would be the current folder: a shell's variable that is
-    not set gives one."""
+def _check_not_empty(options: object) -> None:
+    """`UserError` for an empty value, as of a shell's variable that is not set: as a path it would
+    be the current folder."""
     for option in fields(options):
         value = getattr(options, option.name)
         if is_dataclass(value):
-            _check_paths(value)
-        elif option.name in PATHS and "" in (value if isinstance(value, tuple) else (value,)):
-            raise UserError(f"{option.name} has an empty value: expected a path or a name")
+            _check_not_empty(value)
+        elif value != option.default and (
+            value == () or "" in (value if isinstance(value, tuple) else (value,))
+        ):
+            raise UserError(f"--{option.name} needs at least one value, and no empty one")
 
 
 def seconds_since_start() -> float:
@@ -174,8 +171,6 @@ class TokenizerOptions:
         check_positive(self, "n_files", "vocab_size", "max_bytes")
         check_on_disk(self, "save_path")
         check_between(self, 1, 2**24, "vocab_size")
-        if not self.train_path:
-            raise UserError("--train_path needs at least one folder, file, glob, hf:NAME or docs:")
 
 
 @dataclass(frozen=True)
@@ -235,8 +230,6 @@ class PackOptions(WorkOptions, DocumentOptions, ShardOptions):
         check_between(self, 0, MAX_NUMBER, "seed", "min_length")
         if not 0 <= self.valid_fraction < 1:
             raise UserError(f"--valid_fraction {self.valid_fraction}: expected 0 or more, below 1")
-        if not self.path:
-            raise UserError("--path needs at least one folder, file, glob, hf:NAME or docs:")
         if not self.min_seq_len:
             raise UserError("--no_min_seq_len would pad rows: rows are always full, drop the flag")
 
@@ -409,7 +402,7 @@ class TrainOptions(RunOptions, CheckpointOptions):
         check_between(self.optim, 0, BELOW_ONE, "beta1", "beta2", "momentum")
         check_between(self.optim, 0, 1, "min_lr_ratio", "decay_ratio")
         check_between(self.optim, 0, MAX_NUMBER, "warmup_steps", "weight_decay", "max_grad_norm")
-        check_between(self.optim, 0, 2**53, "seed")
+        check_between(self.optim, 0, MAX_NUMBER, "seed")
         check_between(self.optim, 1, MAX_BATCH, "batch_size", "grad_steps")
         check_between(self.data, 1, 2**28, "seq_len")
         check_between(self.sample, 1, 2**16, "n_samples")
@@ -419,13 +412,15 @@ class TrainOptions(RunOptions, CheckpointOptions):
         if self.eval != EvalOptions() and not self.eval_only:
             raise UserError("--eval_sets, --n_eval_examples and --stride need --eval_only")
         if self.data.detokenizer == "auto" and not self.eval.eval_sets:
-            raise UserError("--detokenizer auto needs --eval_sets: expected the name of one")
+            raise UserError("--detokenizer auto needs --eval_sets: expected wikitext, ptb, lambada")
         if self.optim.fp16 and self.optim.precision not in ("auto", "fp16"):
             raise UserError(f"--fp16 contradicts --precision {self.optim.precision}: drop one")
         if self.model.init_from and (self.model.checkpoint or self.model.from_scratch):
-            raise UserError("--init_from and --checkpoint or --from_scratch: expected one of them")
+            raise UserError(
+                "--init_from and --checkpoint or --from_scratch: expected one, drop the other"
+            )
         if self.eval_only and self.sample_only:
-            raise UserError("--eval_only and --sample_only: expected one of them")
+            raise UserError("--eval_only and --sample_only: expected one, drop the other")
         if (self.eval_only or self.sample_only) and not self.model.checkpoint:
             flag = "--eval_only" if self.eval_only else "--sample_only"
             raise UserError(f"{flag} needs --checkpoint FOLDER")
@@ -450,8 +445,8 @@ class TFTrainOptions(TrainOptions, DeviceOptions):
             raise UserError("fp16 needs PyTorch (train_pt.py): expected --precision bf16 or fp32")
         if self.model.init_from or self.model.init_blocks:
             raise UserError(
-                "--init_from needs PyTorch: start with train_pt.py and stop it; expected here the "
-                "checkpoint that it leaves, --checkpoint RUN"
+                "--init_from needs PyTorch: start with train_pt.py, stop it, and continue its "
+                "checkpoint here with --checkpoint RUN"
             )
 
 
@@ -472,7 +467,7 @@ class TypeOptions:
 class TFRecordOptimOptions(OptimOptions):
     """How it is trained."""
 
-    optimizer: Optimizer = "Adafactor"  # AdamW is better
+    optimizer: Optimizer = "Adafactor"  # AdamW reaches lower losses
     lr: float | None = 1e-4  # peak learning rate
     warmup_steps: int = 10_000  # optimizer steps of linear warm-up
     disable_lr_schedule: bool = False  # lr from the first step to the last

@@ -6,7 +6,7 @@ No other module reads or writes the two files.
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,10 @@ class Measure:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one checkpoint scores on one set: a record of evaluation.json."""
+    """What one checkpoint scores on one set: a record of evaluation.json.
+
+    Two evaluations are equal if they measured the same by the same means, whatever the result.
+    """
 
     checkpoint: str
     set: str
@@ -43,15 +46,8 @@ class Evaluation:
     stride: int  # tokens
     precision: str  # of matrix products: float32, bfloat16 or float16
     n_eval_examples: int | None
-    measures: tuple[Measure, ...]
-    details: dict[str, Any]  # sums and counts behind the measures
-
-    def key(self) -> tuple[object, ...]:
-        """What was measured and how: an evaluation with the same key replaces this one."""
-        return (
-            self.checkpoint, self.set, self.sha256, self.text, self.context, self.stride,
-            self.precision, self.n_eval_examples,
-        )  # fmt: skip
+    measures: tuple[Measure, ...] = field(compare=False)
+    details: dict[str, Any] = field(compare=False)  # sums and counts behind the measures
 
     @property
     def set_name(self) -> str:
@@ -67,7 +63,7 @@ class Evaluation:
 class ResultFiles:
     """evaluation.json and evaluation.md of a run: every evaluation of its checkpoints.
 
-    Only an evaluation with the same `Evaluation.key` replaces an evaluation.
+    A new evaluation replaces the one that it equals, and no other.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,41 +73,36 @@ class ResultFiles:
             UserError: another program's file has one of the names, or the folder is read-only.
         """
         self.json_path, self.markdown_path = folder / JSON_FILE, folder / MARKDOWN_FILE
-        self.evaluations: dict[tuple, Evaluation] = {}
-        move = "move it away, or evaluate a copy of the checkpoint"
+        self.evaluations: list[Evaluation] = []
+        copy = "evaluate a copy of the checkpoint"
+        move = f"move it away, or {copy}"
         if not os.access(folder, os.W_OK):
-            raise UserError(f"cannot write {JSON_FILE} in {folder}: copy the checkpoint")
+            raise UserError(f"cannot write {JSON_FILE} in {folder}: {copy}")
         for path in (self.json_path, self.markdown_path):
             if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-                raise UserError(f"{path} is no file: {move}")
+                raise UserError(f"{path} is not a file: {move}")
         if self.markdown_path.exists():
             if not self.markdown_path.read_bytes().startswith(MARKDOWN_HEAD.encode()):
-                raise UserError(f"{self.markdown_path} is not a table of --eval_only: {move}")
+                raise UserError(f"--eval_only did not write {self.markdown_path}: {move}")
         if self.json_path.exists():
             try:
-                for evaluation in read_evaluations(self.json_path):
-                    self._keep(evaluation)
+                self.evaluations = read_evaluations(self.json_path)
                 self._texts()  # the records are written again: fail now if they cannot be
             except DAMAGED:
-                raise UserError(f"{self.json_path} is not one of --eval_only: {move}") from None
-
-    def _keep(self, evaluation: Evaluation) -> None:
-        self.evaluations.pop(evaluation.key(), None)
-        self.evaluations[evaluation.key()] = evaluation
+                raise UserError(f"--eval_only did not write {self.json_path}: {move}") from None
 
     def add(self, evaluation: Evaluation) -> None:
         """Write both files with one more evaluation (process 0)."""
         if not is_main_process():
             return
-        self._keep(evaluation)
+        self.evaluations = [old for old in self.evaluations if old != evaluation] + [evaluation]
         json_content, markdown_content = self._texts()
         write_text(self.json_path, json_content)
         write_text(self.markdown_path, markdown_content)
 
     def _texts(self) -> tuple[str, str]:
-        evaluations = [*self.evaluations.values()]
-        content = json_text({"evaluations": [asdict(evaluation) for evaluation in evaluations]})
-        return content, markdown(evaluations).encode(errors="replace").decode()
+        content = json_text({"evaluations": [asdict(record) for record in self.evaluations]})
+        return content, markdown(self.evaluations).encode(errors="replace").decode()
 
     def show(self, evaluations: Sequence[Evaluation]) -> None:
         """Print evaluations of one checkpoint as one table, and where they are kept."""

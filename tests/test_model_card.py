@@ -75,7 +75,7 @@ def test_pipes_are_not_waited_for(run, tmp_path, no_waiting):
     os.mkfifo(evaluation)
     model_card.write_card(folder, save_dir, 2)
     assert card.is_file()
-    with pytest.raises(UserError, match=r"evaluation.json is no file: move it away"):
+    with pytest.raises(UserError, match=r"evaluation.json is not a file: move it away"):
         results.ResultFiles(save_dir)
 
 
