@@ -1,10 +1,10 @@
-# make venv | quickstart | test | lint | bench      (the environment is .venv, made on first use)
+# make venv | quickstart | test | test-tf218 | lint | bench      (the environment is .venv, made on first use)
 
 PYTHON ?= python3
 PY := .venv/bin/python
 RUN := runs/quickstart
 
-.PHONY: venv quickstart test lint bench clean
+.PHONY: venv quickstart test test-tf218 lint bench clean
 
 # The environment is rebuilt whenever requirements.txt is not the one that it was built from.
 # algpt2.pth is an editable install by a relative path: in a worktree whose .venv is a link, scripts
@@ -38,6 +38,15 @@ quickstart: venv
 test: venv lint
 	$(PY) -m pytest
 
+# The TensorFlow of a v3 pod, as worker 0 has it. The PyTorch that it is held against is that of .venv.
+test-tf218: venv
+	@if ! cmp -s requirements-tpu-pod.txt .venv-tf218/built-from.txt; then \
+	  rm -rf .venv-tf218 && $(PYTHON) -m venv .venv-tf218 && \
+	  .venv-tf218/bin/python -m pip install --progress-bar off -r requirements-tpu-pod.txt $$(grep -o '^pytest==[0-9.]*' requirements.txt) && \
+	  cp requirements-tpu-pod.txt .venv-tf218/built-from.txt; fi
+	PYTORCH=$(CURDIR)/$(PY) .venv-tf218/bin/python -m pytest -W "ignore:You are using a Python version:FutureWarning" \
+	  tests/test_modeling_tf.py tests/test_training_tf.py
+
 lint: venv
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -46,4 +55,4 @@ bench: venv
 	$(PY) benchmarks/train_pt.py
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-tf218

@@ -23,7 +23,7 @@ from .errors import UserError
 from .options import TFRecordOptions
 
 GIB = 2**30
-REQUIREMENTS = "requirements-tpu.txt"
+REQUIREMENTS = "requirements-dry-run.txt"
 MAX_ROWS = 1024  # per core: where --find_batch stops asking
 
 # Chips of a slice by the number in its name: a torus of two dimensions, or of three.

@@ -1,6 +1,6 @@
 """What fits a TPU: the table of Markdown/CLOUD.md, from the TPU's own compiler, without a TPU.
 
-    pip install -r requirements-tpu.txt
+    pip install -r requirements-dry-run.txt
     python3 benchmarks/dry_run.py                        # every case: hours on two cores
     python3 benchmarks/dry_run.py --cases algpt2@v3-8 gpt2@v3-128
 

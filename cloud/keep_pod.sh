@@ -35,10 +35,19 @@ look() { # state: Google's word for a request or a machine, NOT_FOUND, or nothin
   state=$(cat "$work/out"; grep -om 1 NOT_FOUND "$work/err")
 }
 
-remove() { # returns when Google says that there is neither a request nor a machine
-  while look queued-resources state.state; [ "$state" != NOT_FOUND ] || { look tpu-vm state; [ "$state" != NOT_FOUND ]; }; do
-    say "deleting; if this is cut off: gcloud compute tpus queued-resources delete $NAME --zone $ZONE --force"
-    call "$SETUP_S" queued-resources delete "$NAME" --force || call "$SETUP_S" tpu-vm delete "$NAME" || sleep "$PAUSE_S"
+remove() { # returns when Google has said twice that there is neither a request nor a machine
+  local gone=0
+  while [ "$gone" -lt 2 ]; do
+    look queued-resources state.state
+    [ "$state" != NOT_FOUND ] || look tpu-vm state
+    if [ "$state" = NOT_FOUND ]; then
+      gone=$((gone + 1))
+    else
+      gone=0
+      say "deleting; if this is cut off: gcloud compute tpus queued-resources delete $NAME --zone $ZONE --force"
+      call "$SETUP_S" queued-resources delete "$NAME" --force || call "$SETUP_S" tpu-vm delete "$NAME"
+    fi
+    sleep "$PAUSE_S"
   done
   say "$NAME is deleted" && lost=0
 }

@@ -8,9 +8,11 @@ python3 -m pip install --user --quiet uv
 uv=$HOME/.local/bin/uv
 "$uv" venv --quiet --allow-existing --python 3.11 "$HOME/venv" # takes the machine's Python 3.11, or fetches one
 "$uv" pip install --quiet --python "$HOME/venv/bin/python" -r "$1"
-# Alone: it asks for Google API clients of 2020, which gcsfs does not work with; it works with today's.
-"$uv" pip install --quiet --python "$HOME/venv/bin/python" --no-deps cloud-tpu-client==0.10
+case $1 in *-pod.txt) # alone: its pins of 2020 are not those of gcsfs, but it works with today's clients
+  "$uv" pip install --quiet --python "$HOME/venv/bin/python" --no-deps cloud-tpu-client==0.10
+  "$HOME/venv/bin/python" -c 'import cloud_tpu_client' ;;
+esac
 if [ "${2:-}" ]; then gcloud storage cp --recursive "$2" .; fi
 # ssl and hashlib first: TensorFlow's TPU build crashes when it comes before them.
-"$HOME/venv/bin/python" -c 'import ssl, hashlib, tensorflow, keras, transformers, gcsfs, cloud_tpu_client'
+"$HOME/venv/bin/python" -c 'import ssl, hashlib, tensorflow, keras, transformers, gcsfs'
 touch ready

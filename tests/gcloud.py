@@ -1,17 +1,13 @@
-#!/usr/bin/env python3
-"""A stand-in for gcloud: one project whose TPUs live in a file, with the accidents that a test asks for.
+"""A stand-in for gcloud: one project whose TPUs live in a file, and the accidents of a test.
 
 Worker 0 is the folder "worker"; what it is told runs there for real, with bash. A call lasts a
-virtual minute; a slice that is not deleted costs one for each. FLAGS are those that Google Cloud
-CLI 528.0.0 takes (`gcloud meta lint-gcloud-commands`, which sends nothing); another flag is refused.
+virtual minute, and every machine is billed for it. FLAGS are those that Google Cloud CLI 528.0.0
+takes (`gcloud meta lint-gcloud-commands`, which sends nothing); another flag is refused.
 """
 
 import json
 import os
-import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -67,12 +63,10 @@ def split(arguments: list[str]) -> tuple[str, list[str], dict[str, str]]:
     Raises:
         Refused: gcloud has no such command or flag.
     """
-    words = [x for x in arguments if not x.startswith("-")]
-    command = next(
-        (" ".join(words[:n]) for n in (5, 4, 3, 2) if " ".join(words[:n]) in FLAGS), None
-    )
+    starts = [" ".join(arguments[:n]) for n in (5, 4, 3, 2)]
+    command = next((start for start in starts if start in FLAGS), None)
     if command is None:
-        raise Refused(f"Invalid choice: {' '.join(words[:4])}")
+        raise Refused(f"Invalid choice: {starts[0]}")
     positional, flags, rest = [], {}, arguments[len(command.split()) :]
     switches = {"quiet", "spot", "force", "async", "recursive", "recurse"}
     switches |= {"uniform-bucket-level-access"}
@@ -112,8 +106,7 @@ class Project:
             self.data["requests"][name] = following.get(state, state)
             if self.data["requests"][name] == "ACTIVE" and name not in self.data["machines"]:
                 self.data["machines"][name] = "READY"
-                shutil.rmtree(HOME / "worker", ignore_errors=True)
-                (HOME / "worker").mkdir()
+                new_worker()
 
     def preempt(self) -> None:
         """Google takes all machines back."""
@@ -131,7 +124,15 @@ class Project:
         return ""
 
 
-def run(project: Project, command: str, names: list[str], flags: dict[str, str]) -> str:
+def new_worker() -> None:
+    """Worker 0 of a new machine: nothing is left of the last."""
+    import shutil  # a call without it takes half the time
+
+    shutil.rmtree(HOME / "worker", ignore_errors=True)
+    (HOME / "worker").mkdir()
+
+
+def run(project: Project, command: str, names: list[str], flags: dict, what: str) -> str:
     """Do what the command says; returns what it prints."""
     group, verb = command.split()[-2:]
     requests, machines = project.data["requests"], project.data["machines"]
@@ -147,7 +148,7 @@ def run(project: Project, command: str, names: list[str], flags: dict[str, str])
     if name not in table:
         raise Refused(f"NOT_FOUND: Resource '{name}' was not found")
     if verb == "delete":
-        if group == "queued-resources":
+        if group == "queued-resources" and what != "orphan":
             machines.pop(name, None)
         del table[name]
         return ""
@@ -159,9 +160,11 @@ def on_worker(machines: dict, verb: str, names: list[str], flags: dict[str, str]
     name = names[-1].partition(":")[0]
     if machines.get(name) != "READY":
         raise Refused(f"NOT_FOUND or not READY: {name}")
+    import subprocess
+
     worker = HOME / "worker"
     if verb == "scp":
-        shutil.copy(names[0], worker)
+        (worker / Path(names[0]).name).write_bytes(Path(names[0]).read_bytes())
         return ""
     process = subprocess.run(
         ["bash", "-c", flags["command"]], cwd=worker, capture_output=True, text=True,
@@ -213,19 +216,15 @@ def main(arguments: list[str]) -> int:
         if what in ("INT", "TERM", "HUP", "KILL"):
             os.kill(int((HOME / "pid").read_text()), signal.Signals[f"SIG{what}"])
             time.sleep(0.3)  # the request is on its way while the script hears of the signal
-        printed = run(project, command, names, flags)
+        printed = run(project, command, names, flags, what)
         print(printed[: len(printed) // 2] if what == "half" else printed, end="")
         if what == "late":  # done, but the answer is lost
             raise Refused("UNAVAILABLE: connection reset")
         return 0
     except Refused as refused:
-        if re.match("Invalid|unrecognized", str(refused)):
+        if str(refused).startswith(("Invalid", "unrecognized")):
             project.data["refused"].append(f"{refused}: {arguments}")
         print(f"ERROR: (gcloud.{'.'.join(arguments[:4])}) {refused}", file=sys.stderr)
         return 1
     finally:
         project.save()
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

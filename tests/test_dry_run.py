@@ -71,7 +71,7 @@ def test_a_wrong_slice_name_is_a_user_error(name):
         (["--dry_run=v3-127"], "--dry_run v3-127: no such size; expected one of v3-8, v3-32"),
         (["--dry_run=v9-8"], r"--dry_run v9-8: expected a TPU slice.*v2, v3, v4, v5e, v5p, v6e"),
         (["--dry_run=v3-128", "--batch_size=500"], "--batch_size 500.*multiple of the 128 of v3"),
-        (["--dry_run=v3-128", "--batch_size=512"], "needs libtpu.*requirements-tpu.txt"),
+        (["--dry_run=v3-128", "--batch_size=512"], "needs libtpu.*requirements-dry-run.txt"),
         (["--find_batch"], "^--find_batch needs --dry_run SLICE"),
     ],
 )
