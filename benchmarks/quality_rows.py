@@ -1,0 +1,177 @@
+"""The scales and the rows of quality.py: what is trained, as data."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+LAYERS = 12  # virtual layers of every arm unless its row says otherwise: GPT-2 small's
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What all runs of a scale share."""
+
+    vocab_size: int
+    seq_len: int  # tokens a row, and positions
+    n_embd: int  # width C of the unshared model
+    n_head: int
+    n_tokens: int  # training tokens of a run, about 20 for each parameter of the unshared model
+    batch_size: int  # rows a step
+    lr: dict[str, float]  # where the sweep of an optimizer starts
+    n_layer: int = LAYERS
+    warmup: float = 0.05  # share of the steps
+    flags: tuple[str, ...] = ()  # more of train_pt.py
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps of a run."""
+        return math.ceil(self.n_tokens / (self.batch_size * self.seq_len))
+
+    def config(self) -> dict[str, Any]:
+        """config.json of the unshared model: GPT-2 without dropout."""
+        return {
+            "model_type": "algpt2", "architectures": ["ALGPT2LMHeadModel"],
+            "vocab_size": self.vocab_size, "n_positions": self.seq_len, "n_embd": self.n_embd,
+            "n_layer": self.n_layer, "n_head": self.n_head, "num_hidden_groups": self.n_layer,
+            "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+            "bos_token_id": self.vocab_size - 1, "eos_token_id": self.vocab_size - 1,
+        }  # fmt: skip
+
+
+SCALES = {
+    # A test's: a few steps in a second.
+    "tiny": Scale(300, 16, 24, 2, 16 * 4 * 12, 4, {"AdamW": 4e-3}, n_layer=4),
+    # Rows of 128 tokens: attention over 256 takes 40 % of a step at this width, and 27 % over 128.
+    "S": Scale(2048, 128, 48, 3, 8_000_000, 16,
+               {"AdamW": 4e-3, "Muon": 8e-3, "Adafactor": 8e-3}),
+    "M": Scale(4096, 256, 80, 5, 25_000_000, 16,
+               {"AdamW": 4e-3, "Muon": 8e-3, "Adafactor": 8e-3}),
+    "L": Scale(8192, 512, 256, 4, 200_000_000, 64,
+               {"AdamW": 2e-3, "Muon": 4e-3, "Adafactor": 4e-3}, flags=("--compile",)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm: how it differs from the unshared model of its scale."""
+
+    name: str
+    about: str
+    config: dict[str, Any] = field(default_factory=dict)  # keys of config.json
+    optimizer: str = "AdamW"
+    flags: tuple[str, ...] = ()  # more of train_pt.py
+    seeds: int = 1  # of the best learning rate; 2 for every row that carries a claim
+    group: str = "shared"  # how the figure draws it: baseline, shared, other
+    start: str | None = None  # row whose best run gives the weights that this one starts from
+    share: float = 1.0  # of the scale's tokens
+
+
+# --- layer maps ----------------------------------------------------------------------------------
+
+
+def sequence(blocks: int, layers: int = LAYERS) -> list[int]:
+    """0 0 0 1 1 1: consecutive layers share (arXiv:2104.06022)."""
+    return [layer * blocks // layers for layer in range(layers)]
+
+
+def cycle(blocks: int, layers: int = LAYERS) -> list[int]:
+    """0 1 0 1 0 1: the stack repeats (arXiv:2104.06022)."""
+    return [layer % blocks for layer in range(layers)]
+
+
+def cycle_rev(blocks: int, layers: int = LAYERS) -> list[int]:
+    """0 1 0 1 1 0: as `cycle`, the last pass in reverse order (arXiv:2104.06022)."""
+    return [*cycle(blocks, layers - blocks), *reversed(range(blocks))]
+
+
+def sandwich(first: int, middle: int, last: int, layers: int = LAYERS) -> list[int]:
+    """0 1 1 1 1 2: own blocks at both ends, equal runs of `middle` blocks (arXiv:2101.00234)."""
+    runs = [first + block for block in sequence(middle, layers - first - last)]
+    return [*range(first), *runs, *range(first + middle, first + middle + last)]
+
+
+def middle(first: int, blocks: int, last: int, layers: int = LAYERS) -> list[int]:
+    """0 1 2 1 2 3: own blocks at both ends, a cycle between them (arXiv:2507.10524)."""
+    passes = [first + block for block in cycle(blocks, layers - first - last)]
+    return [*range(first), *passes, *range(first + blocks, first + blocks + last)]
+
+
+def mapped(layer_map: Sequence[int]) -> dict[str, Any]:
+    """The keys of config.json for a layer map."""
+    return {"num_hidden_groups": len({*layer_map}), "layer_map": list(layer_map)}
+
+
+def one_over_visits(layer_map: Sequence[int]) -> dict[str, float]:
+    """A residual scale 1 / (N sqrt(2 K)) of K blocks with N visits each (arXiv:2606.18524)."""
+    blocks = len({*layer_map})
+    return {"residual_init_scale": blocks / (len(layer_map) * math.sqrt(2 * blocks))}
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def rows(scale: Scale) -> dict[str, Row]:
+    """All arms at a scale by name, in the order in which they run."""
+    layers = scale.n_layer
+    found = [*_first(scale), *_maps(layers), *_embeddings(scale), *_baselines(scale)]
+    return {row.name: row for row in found}
+
+
+def _first(scale: Scale) -> Iterable[Row]:
+    one = [0] * scale.n_layer
+    yield Row("unshared", "GPT-2", seeds=3, group="baseline")
+    yield Row("shared", "ALBERT: one block, GPT-2's residual scale", mapped(one), seeds=3)
+    yield Row(
+        "shared-1N", "one block, residual scale 1 / N", mapped(one) | one_over_visits(one), seeds=2
+    )
+    if "Muon" not in scale.lr:
+        return
+    yield Row("unshared-muon", "GPT-2, Muon", optimizer="Muon", seeds=2, group="baseline")
+    yield Row("shared-muon", "one block, Muon", mapped(one), optimizer="Muon", seeds=2)
+    yield Row("unshared-init4", "GPT-2, initial std 0.08 in place of 0.02",
+              {"initializer_range": 0.08}, group="baseline")  # fmt: skip
+
+
+def _maps(layers: int) -> Iterable[Row]:
+    """Stored blocks 2, 3, 4, 6 in every order (of as many as divide the layers)."""
+    for blocks in (2, 3, 4, 6):
+        if layers % blocks or blocks >= layers:
+            continue
+        for order in (cycle, sequence, cycle_rev):
+            name = order.__name__.replace("_", "-")
+            about = f"{blocks} blocks, {name}"
+            yield Row(f"{name}-{blocks}", about, mapped(order(blocks, layers)))
+    if layers < 12:
+        return
+    for order, sizes in (
+        (sandwich, (1, 1, 1)), (middle, (1, 2, 1)), (sandwich, (1, 2, 1)), (middle, (2, 2, 2)),
+    ):  # fmt: skip
+        name = "-".join([order.__name__, *map(str, sizes)])
+        layer_map = order(*sizes, layers=layers)
+        about = f"own blocks at the ends, {len({*layer_map})} in all: {layer_map}"
+        yield Row(name, about, mapped(layer_map))
+
+
+def _embeddings(scale: Scale) -> Iterable[Row]:
+    """Factorized embeddings with one block, and with none shared; dropout."""
+    one = mapped([0] * scale.n_layer)
+    for part in (8, 4, 2):
+        size = {"embedding_size": scale.n_embd // part}
+        yield Row(f"shared-E{part}", f"one block, E = C / {part}", one | size)
+        yield Row(f"unshared-E{part}", f"GPT-2, E = C / {part}", size, group="other")
+    rates = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1)
+    yield Row("unshared-dropout", "GPT-2, dropout 0.1", rates, group="other")
+    yield Row("shared-dropout", "one block, dropout 0.1", one | rates)
+
+
+def _baselines(scale: Scale) -> Iterable[Row]:
+    """GPT-2 of fewer parameters: shallower, and narrower."""
+    for layers in (1, 2, 3, 4, 6):
+        if layers < scale.n_layer:
+            size = {"n_layer": layers, "num_hidden_groups": layers}
+            yield Row(f"layers-{layers}", f"GPT-2 of {layers} layers", size, group="baseline")
+    for part in (2, 3):
+        width = scale.n_embd * part // 4 // scale.n_head * scale.n_head
+        about = f"GPT-2 of width {width}"
+        yield Row(f"width-{part}of4", about, {"n_embd": width}, group="baseline")
