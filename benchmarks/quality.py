@@ -39,14 +39,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from harness import ROOT
-from quality_rows import SCALES, Row, rows
 
-from algpt2.checkpoints import CHECKSUM, read_record, write_record
-from algpt2.errors import EXIT_NON_FINITE, EXIT_STOPPED, UserError, run_script
-from algpt2.evaluation import table
-from algpt2.report import METRICS_FILE, RUN_FILE, read_json_lines
-from algpt2.tfrecords import MANIFEST_FILE
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from algpt2.checkpoints import CHECKSUM, read_record, write_record  # noqa: E402  (after the path)
+from algpt2.errors import EXIT_NON_FINITE, EXIT_STOPPED, UserError, run_script  # noqa: E402
+from algpt2.evaluation import table  # noqa: E402
+from algpt2.report import METRICS_FILE, RUN_FILE, read_json_lines  # noqa: E402
+from algpt2.tfrecords import MANIFEST_FILE  # noqa: E402
+from benchmarks.quality_rows import SCALES, Row, rows  # noqa: E402
 
 COMMITTED = ROOT / "Markdown" / "runs" / "quality"
 SEED = 42  # of every sweep; further seeds count up from it
@@ -64,6 +66,7 @@ class Options:
     names: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="ROW")] = ()
     """rows to run"""
     all: bool = False  # run every row
+    lr: float | None = None  # run this peak learning rate only, no sweep
     scale: Literal["tiny", "S", "M", "L"] = "S"  # see quality_rows.py
     data_dir: str | None = None  # folder with train* and validation*; needed once to run
     runs_dir: str = "runs/quality"  # where runs are made and continue
@@ -167,6 +170,9 @@ class Study:
         """Runs that a row still lacks: of its sweep, then of the best rate with other seeds."""
         if row.start and self.best_run(row.start, results) is None:
             return []
+        if self.options.lr is not None:
+            run = Run(row.name, self.options.lr, SEED)
+            return [] if run in results else [run]
         losses = rate_losses(row.name, results)
         rates = next_rates(losses, self.scale.lr[row.optimizer])
         if rates:
