@@ -73,6 +73,7 @@ class Options:
     committed: str = str(COMMITTED)  # finished runs, thinned: what table and figure read
     jobs: int = 1  # runs at a time
     threads: int = 1  # of a run, on a CPU
+    device: str | None = None  # of train_pt.py; several small runs share a GPU well
     max_minutes: float | None = None  # stop each run so long after its start; run again to go on
     out: str = "runs/quality/frontier.png"  # the figure
 
@@ -168,13 +169,14 @@ class Study:
 
     def wanted(self, row: Row, results: dict[Run, dict[str, Any]]) -> list[Run]:
         """Runs that a row still lacks: of its sweep, then of the best rate with other seeds."""
-        if row.start and self.best_run(row.start, results) is None:
+        needed = [name for name in (row.start, row.teacher) if name]
+        if any(self.best_run(name, results) is None for name in needed):
             return []
         if self.options.lr is not None:
             run = Run(row.name, self.options.lr, SEED)
             return [] if run in results else [run]
         losses = rate_losses(row.name, results)
-        rates = next_rates(losses, self.scale.lr[row.optimizer])
+        rates = next_rates(losses, self.first_rate(row))
         if rates:
             return [Run(row.name, lr, SEED) for lr in rates]
         best = min(losses, key=losses.__getitem__)
@@ -184,10 +186,14 @@ class Study:
     def best_run(self, name: str, results: dict[Run, dict[str, Any]]) -> Run | None:
         """The best run of a row whose sweep is over and whose weights are here."""
         losses = rate_losses(name, results)
-        if not losses or next_rates(losses, self.scale.lr[self.rows[name].optimizer]):
+        if not losses or next_rates(losses, self.first_rate(self.rows[name])):
             return None
         run = Run(name, min(losses, key=losses.__getitem__), SEED)
         return run if (self.runs_dir / run.name / RUN_FILE).exists() else None
+
+    def first_rate(self, row: Row) -> float:
+        """Where the sweep of a row starts."""
+        return row.lr or self.scale.lr[row.optimizer]
 
     def queue(self, results: dict[Run, dict[str, Any]]) -> list[Run]:
         """Runs to make, in the order of the rows, first seeds first."""
@@ -251,10 +257,13 @@ class Study:
     def command(self, run: Run) -> list[str]:
         """The command line of a run; its paths are relative to the folder of the scale."""
         row, scale = self.rows[run.row], self.scale
+        config = scale.config() | row.config
+        if row.teacher:
+            config["teacher"] = self.best_run(row.teacher, self.results()).name
         folder = self.runs_dir / "configs" / row.name
         folder.mkdir(parents=True, exist_ok=True)
-        config = json.dumps(scale.config() | row.config, indent=1)
-        (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+        text = json.dumps(config, indent=1) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
         n_steps = max(1, round(scale.n_steps * row.share))
         flags = {
             "config": f"configs/{row.name}", "save_dir": run.name, "seed": run.seed,
@@ -270,8 +279,11 @@ class Study:
         if row.start:
             flags["init_from"] = self.best_run(row.start, self.results()).name
         script = str(Path(__file__).with_name("quality_models.py"))
+        if self.options.device:
+            flags |= {"device": self.options.device, "precision": scale.precision}
+        flags |= row.flags
         given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-        return [sys.executable, script, *given, *scale.flags, *row.flags]
+        return [sys.executable, script, *given, *scale.flags]
 
     def prepare(self) -> None:
         """Tokenizer and shards of the scale, once."""
@@ -367,12 +379,19 @@ def summarize(
         mean = {key: statistics.fmean(s[key] for s in seeds) for key in ("val_loss", "val_bpb")}
         values = [s["val_loss"] for s in seeds]
         row = known.get(name, Row(name, ""))
-        muon = "" if row.optimizer == "AdamW" else f"-{row.optimizer.lower()}"
         summaries[name] = seeds[0] | mean | {
             "row": name, "lr": lr, "seeds": len(seeds), "spread": max(values) - min(values),
-            "losses": losses, "group": row.group, "reference": f"unshared{muon}",
+            "losses": losses, "group": row.group, "reference": reference(row),
         }  # fmt: skip
+        if row.start:
+            summaries[name]["tokens"] /= row.share  # those of `start`, too
     return summaries
+
+
+def reference(row: Row) -> str:
+    """Name of the unshared model that a row is compared with: of the same optimizer."""
+    flags = "-no-momentum" if row.flags.get("beta1") == "0" else ""
+    return "unshared" if row.optimizer == "AdamW" else f"unshared-{row.optimizer.lower()}{flags}"
 
 
 def thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ class Scale:
     lr: dict[str, float]  # where the sweep of an optimizer starts
     n_layer: int = LAYERS
     warmup: float = 0.05  # share of the steps
+    precision: str = "fp32"  # on a GPU; on a CPU it is that always
     flags: tuple[str, ...] = ()  # more of train_pt.py
 
     @property
@@ -48,7 +49,7 @@ SCALES = {
     "M": Scale(4096, 256, 80, 5, 25_000_000, 16,
                {"AdamW": 4e-3, "Muon": 8e-3, "Adafactor": 8e-3}),
     "L": Scale(8192, 512, 256, 4, 200_000_000, 64,
-               {"AdamW": 2e-3, "Muon": 4e-3, "Adafactor": 4e-3}, flags=("--compile",)),
+               {"AdamW": 2e-3, "Muon": 4e-3, "Adafactor": 4e-3}, precision="bf16", flags=("--compile",)),
 }  # fmt: skip
 
 
@@ -60,11 +61,13 @@ class Row:
     about: str
     config: dict[str, Any] = field(default_factory=dict)  # keys of config.json
     optimizer: str = "AdamW"
-    flags: tuple[str, ...] = ()  # more of train_pt.py
+    flags: dict[str, Any] = field(default_factory=dict)  # of train_pt.py, in place of the usual
     seeds: int = 1  # of the best learning rate; 2 for every row that carries a claim
     group: str = "shared"  # how the figure draws it: baseline, shared, other
     start: str | None = None  # row whose best run gives the weights that this one starts from
-    share: float = 1.0  # of the scale's tokens
+    share: float = 1.0  # of the scale's tokens; the rest are those of `start`
+    teacher: str | None = None  # row whose best run teaches this one
+    lr: float | None = None  # where the sweep starts; None: at the rate of the scale
 
 
 # --- layer maps ----------------------------------------------------------------------------------
@@ -113,36 +116,43 @@ def one_over_visits(layer_map: Sequence[int]) -> dict[str, float]:
 
 def rows(scale: Scale) -> dict[str, Row]:
     """All arms at a scale by name, in the order in which they run."""
-    layers = scale.n_layer
-    found = [*_first(scale), *_maps(layers), *_embeddings(scale), *_baselines(scale)]
-    return {row.name: row for row in found}
+    groups = (_first, _maps, _own, _streams, _halves, _embeddings, _baselines, _optimizers, _starts)
+    return {row.name: row for group in groups for row in group(scale)}
+
+
+def trial(**keys: Any) -> dict[str, Any]:
+    """The keys of config.json for what only quality_models.py has."""
+    return {"model_type": "algpt2-trial", "architectures": ["TrialLMHeadModel"], **keys}
+
+
+def one_block(scale: Scale) -> dict[str, Any]:
+    """The keys of config.json for one block in all layers."""
+    return mapped([0] * scale.n_layer)
 
 
 def _first(scale: Scale) -> Iterable[Row]:
     one = [0] * scale.n_layer
     yield Row("unshared", "GPT-2", seeds=3, group="baseline")
     yield Row("shared", "ALBERT: one block, GPT-2's residual scale", mapped(one), seeds=3)
-    yield Row(
-        "shared-1N", "one block, residual scale 1 / N", mapped(one) | one_over_visits(one), seeds=2
-    )
-    if "Muon" not in scale.lr:
-        return
-    yield Row("unshared-muon", "GPT-2, Muon", optimizer="Muon", seeds=2, group="baseline")
-    yield Row("shared-muon", "one block, Muon", mapped(one), optimizer="Muon", seeds=2)
+    if "Muon" in scale.lr:
+        yield Row("unshared-muon", "GPT-2, Muon", optimizer="Muon", seeds=2, group="baseline")
+        yield Row("shared-muon", "one block, Muon", mapped(one), optimizer="Muon", seeds=2)
+    small = mapped(one) | one_over_visits(one)
+    yield Row("shared-1N", "one block, initial residual scale 1 / N", small, seeds=2)
     yield Row("unshared-init4", "GPT-2, initial std 0.08 in place of 0.02",
               {"initializer_range": 0.08}, group="baseline")  # fmt: skip
 
 
-def _maps(layers: int) -> Iterable[Row]:
+def _maps(scale: Scale) -> Iterable[Row]:
     """Stored blocks 2, 3, 4, 6 in every order (of as many as divide the layers)."""
-    for blocks in (2, 3, 4, 6):
-        if layers % blocks or blocks >= layers:
-            continue
-        for order in (cycle, sequence, cycle_rev):
-            name = order.__name__.replace("_", "-")
-            about = f"{blocks} blocks, {name}"
-            yield Row(f"{name}-{blocks}", about, mapped(order(blocks, layers)))
-    if layers < 12:
+    layers = scale.n_layer
+    for order in (cycle, sequence, cycle_rev):
+        for blocks in (2, 3, 4, 6):
+            if layers % blocks == 0 and blocks < layers:
+                name = order.__name__.replace("_", "-")
+                about = f"{blocks} blocks: {order(blocks, layers)}"
+                yield Row(f"{name}-{blocks}", about, mapped(order(blocks, layers)))
+    if layers < LAYERS:
         return
     for order, sizes in (
         (sandwich, (1, 1, 1)), (middle, (1, 2, 1)), (sandwich, (1, 2, 1)), (middle, (2, 2, 2)),
@@ -153,13 +163,49 @@ def _maps(layers: int) -> Iterable[Row]:
         yield Row(name, about, mapped(layer_map))
 
 
+def _own(scale: Scale) -> Iterable[Row]:
+    """One block, and a little of its own for each visit."""
+    one = one_block(scale)
+    for name, about, keys in (
+        ("norms", "own layer norms", {"own": ["norms"]}),
+        ("scales", "own residual scales", {"own": ["scales"]}),
+        ("own", "own layer norms, biases, residual scales", {"own": ["norms", "biases", "scales"]}),
+        ("embedding", "an embedding for each layer", {"layer_embedding": True}),
+        ("reinject", "the input again at each pass", {"reinject": True}),
+        ("lora8", "LoRA of rank 8 for each layer", {"lora_rank": 8}),
+    ):
+        yield Row(f"shared-{name}", f"one block, {about}", one | trial(**keys))
+
+
+def _streams(scale: Scale) -> Iterable[Row]:
+    """Hyper-connections around each pass of the loop."""
+    layers = scale.n_layer
+    loops = {"shared": [0] * layers, "cycle-2": cycle(2, layers)}
+    if layers == LAYERS:
+        loops |= {"cycle-4": cycle(4), "middle-1-2-1": middle(1, 2, 1),
+                  "middle-2-2-2": middle(2, 2, 2)}  # fmt: skip
+    for name, layer_map in loops.items():
+        for n in (2, 4):
+            keys = mapped(layer_map) | trial(streams=n)
+            yield Row(f"{name}-streams{n}", f"{name}, {n} residual streams", keys)
+
+
+def _halves(scale: Scale) -> Iterable[Row]:
+    """Attention shared and MLPs not, and the reverse."""
+    one = [0] * scale.n_layer
+    yield Row("shared-attn", "one attention, own MLPs", trial(attn_map=one))
+    yield Row("shared-mlp", "one MLP, own attentions", trial(mlp_map=one))
+
+
 def _embeddings(scale: Scale) -> Iterable[Row]:
     """Factorized embeddings with one block, and with none shared; dropout."""
-    one = mapped([0] * scale.n_layer)
+    one = one_block(scale)
     for part in (8, 4, 2):
         size = {"embedding_size": scale.n_embd // part}
         yield Row(f"shared-E{part}", f"one block, E = C / {part}", one | size)
         yield Row(f"unshared-E{part}", f"GPT-2, E = C / {part}", size, group="other")
+    size = trial(input_size=scale.n_embd // 4, tie_word_embeddings=False)
+    yield Row("shared-inputE4", "one block, input embedding C / 4, own head", one | size)
     rates = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1)
     yield Row("unshared-dropout", "GPT-2, dropout 0.1", rates, group="other")
     yield Row("shared-dropout", "one block, dropout 0.1", one | rates)
@@ -175,3 +221,30 @@ def _baselines(scale: Scale) -> Iterable[Row]:
         width = scale.n_embd * part // 4 // scale.n_head * scale.n_head
         about = f"GPT-2 of width {width}"
         yield Row(f"width-{part}of4", about, {"n_embd": width}, group="baseline")
+
+
+def _optimizers(scale: Scale) -> Iterable[Row]:
+    """Adafactor with and without its first moment."""
+    if "Adafactor" not in scale.lr:
+        return
+    for name, keys in (("unshared", {}), ("shared", one_block(scale))):
+        group = "other" if name == "unshared" else "shared"
+        for beta1 in ("0.9", "0"):
+            yield Row(
+                f"{name}-adafactor{'' if beta1 == '0.9' else '-no-momentum'}",
+                f"{name}, Adafactor, beta1 = {beta1}", keys, "Adafactor", {"beta1": beta1},
+                group=group,
+            )  # fmt: skip
+
+
+def _starts(scale: Scale) -> Iterable[Row]:
+    """Weights of unshared blocks first, and teachers."""
+    yield Row("unshared-third", "GPT-2, a third of the tokens at a constant rate", share=1 / 3,
+              flags={"lr_schedule": "constant"}, group="other")  # fmt: skip
+    for name, keys in (
+        ("shared", one_block(scale)), ("cycle-2", mapped(cycle(2, scale.n_layer))),
+    ):  # fmt: skip
+        yield Row(f"{name}-tied", f"{name}, from the means of unshared-third's blocks", keys,
+                  start="unshared-third", share=2 / 3)  # fmt: skip
+        yield Row(f"{name}-distilled", f"{name}, half of the loss from the unshared model",
+                  keys | trial(), teacher="unshared")  # fmt: skip
