@@ -49,7 +49,8 @@ SCALES = {
     "M": Scale(4096, 256, 80, 5, 25_000_000, 16,
                {"AdamW": 4e-3, "Muon": 8e-3, "Adafactor": 8e-3}),
     "L": Scale(8192, 512, 256, 4, 200_000_000, 64,
-               {"AdamW": 2e-3, "Muon": 4e-3, "Adafactor": 4e-3}, precision="bf16", flags=("--compile",)),
+               {"AdamW": 2e-3, "Muon": 4e-3, "Adafactor": 4e-3},
+               precision="bf16", flags=("--compile",)),
 }  # fmt: skip
 
 
