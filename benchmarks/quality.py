@@ -32,6 +32,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class Options:
     jobs: int = 1  # runs at a time
     threads: int = 1  # of a run, on a CPU
     device: str | None = None  # of train_pt.py; several small runs share a GPU well
-    max_minutes: float | None = None  # stop each run so long after its start; run again to go on
+    max_minutes: float | None = None  # save and stop so long after the start; run again to go on
     out: str = "runs/quality/frontier.png"  # the figure
 
 
@@ -154,6 +155,7 @@ class Study:
         self.runs_dir = Path(options.runs_dir).resolve() / options.scale
         self.committed = Path(options.committed).resolve() / options.scale
         self.children: set[subprocess.Popen] = set()
+        self.end_s = math.inf  # on the clock of time.monotonic
 
     def results(self, *folders: Path) -> dict[Run, dict[str, Any]]:
         """Finished runs in the committed folder and the one where runs are made."""
@@ -209,6 +211,7 @@ class Study:
             raise UserError("expected names of rows, or --all; quality.py list shows them")
         self.prepare()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
+        self.end_s = time.monotonic() + 60 * (self.options.max_minutes or math.inf)
         busy: dict[Any, Run] = {}
         left: dict[Run, int] = {}  # exit code of those that did not finish
         pool = ThreadPoolExecutor(self.options.jobs)
@@ -216,6 +219,8 @@ class Study:
             while True:
                 taken = {*busy.values(), *left}
                 ready = [run for run in self.queue(self.results()) if run not in taken]
+                if left and time.monotonic() > self.end_s:
+                    ready = []
                 for run in ready[: self.options.jobs - len(busy)]:
                     busy[pool.submit(self.train, run)] = run
                 if not busy:
@@ -275,7 +280,7 @@ class Study:
             "logging_steps": 10,
         }  # fmt: skip
         if self.options.max_minutes:
-            flags["max_minutes"] = self.options.max_minutes
+            flags["max_minutes"] = max(1e-3, (self.end_s - time.monotonic()) / 60)
         if row.start:
             flags["init_from"] = self.best_run(row.start, self.results()).name
         script = str(Path(__file__).with_name("quality_models.py"))
@@ -296,9 +301,11 @@ class Study:
         sizes = str(self.scale.vocab_size), str(self.scale.seq_len)
         self.script("train_tokenizer.py", "--train_path", f"{data}/train*",
                     "--save_path", "tokenizer", "--vocab_size", sizes[0])  # fmt: skip
-        for split in ("train", "validation"):
+        # No more rows than a run reads: at S they are 16 MB, which travel to any machine.
+        n_rows = str(self.scale.n_steps * self.scale.batch_size)
+        for split, more in (("train", ["--n_examples", n_rows]), ("validation", [])):
             self.script("make_tfrecords.py", "--path", f"{data}/{split}*", "--save_path", split,
-                        "--tokenizer", "tokenizer", "--seq_len", sizes[1])  # fmt: skip
+                        "--tokenizer", "tokenizer", "--seq_len", sizes[1], *more)  # fmt: skip
 
     def script(self, name: str, *flags: str) -> None:
         """Run a script of the repository in the folder of the scale."""
