@@ -437,15 +437,20 @@ def draw(options: Options) -> None:
 
 
 def draw_panel(axes: Any, summaries: list[dict[str, Any]], x: str, label: str) -> None:
-    """Every row a point with the range of its seeds; the unshared models a line."""
+    """Every row a point with the range of its seeds, the unshared models a line. Names stand at
+    those, and at what is best for its size among the rest."""
     colors = {"baseline": "C7", "shared": "C0", "other": "C1"}
+    points = {group: [(s[x], s["val_loss"]) for s in summaries if s["group"] == group]
+              for group in colors}  # fmt: skip
+    named = {*points["baseline"], *frontier(points["shared"] + points["other"])}
     for s in summaries:
-        color = colors[s["group"]]
-        axes.errorbar(s[x], s["val_loss"], s["spread"] / 2, fmt="o", color=color, markersize=4)
-        axes.annotate(s["row"], (s[x], s["val_loss"]), xytext=(4, 2), textcoords="offset points",
-                      fontsize=6, color=color)  # fmt: skip
-    line = frontier([(s[x], s["val_loss"]) for s in summaries if s["group"] == "baseline"])
-    axes.plot(*zip(*line, strict=True), color=colors["baseline"], linewidth=1) if line else None
+        point, color = (s[x], s["val_loss"]), colors[s["group"]]
+        axes.errorbar(*point, s["spread"] / 2, fmt="o", color=color, markersize=4)
+        if point in named:
+            axes.annotate(s["row"], point, xytext=(4, 2), textcoords="offset points",
+                          fontsize=7, color=color)  # fmt: skip
+    if line := frontier(points["baseline"]):
+        axes.plot(*zip(*line, strict=True), color=colors["baseline"], linewidth=1)
     axes.set_xscale("log")
     axes.set_xlabel(label)
     axes.set_ylabel("validation loss (nats per token)")

@@ -117,7 +117,8 @@ def one_over_visits(layer_map: Sequence[int]) -> dict[str, float]:
 
 def rows(scale: Scale) -> dict[str, Row]:
     """All arms at a scale by name, in the order in which they run."""
-    groups = (_first, _maps, _own, _streams, _halves, _embeddings, _baselines, _optimizers, _starts)
+    groups = (_first, _baselines, _maps, _own, _streams, _halves, _larger, _embeddings,
+              _optimizers, _starts)  # fmt: skip
     return {row.name: row for group in groups for row in group(scale)}
 
 
@@ -222,6 +223,19 @@ def _baselines(scale: Scale) -> Iterable[Row]:
         width = scale.n_embd * part // 4 // scale.n_head * scale.n_head
         about = f"GPT-2 of width {width}"
         yield Row(f"width-{part}of4", about, {"n_embd": width}, group="baseline")
+
+
+def _larger(scale: Scale) -> Iterable[Row]:
+    """About half of the unshared model's parameters, spent on width or depth: more FLOPs."""
+    size = scale.n_embd // scale.n_head  # of a head
+    for name, blocks, factor in (("wide-1", 1, 5 / 3), ("wide-2", 2, 4 / 3)):
+        heads = round(scale.n_head * factor)
+        keys = {"embedding_size": scale.n_embd, "n_embd": heads * size, "n_head": heads}
+        about = f"cycle of {blocks}, width {heads * size}, E = {scale.n_embd}"
+        yield Row(name, about, mapped(cycle(blocks, scale.n_layer)) | keys)
+    layers = 2 * scale.n_layer
+    keys = {"n_layer": layers} | mapped(cycle(4, layers))
+    yield Row("deep-4", f"4 blocks in {layers} layers", keys)
 
 
 def _optimizers(scale: Scale) -> Iterable[Row]:
