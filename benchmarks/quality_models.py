@@ -140,15 +140,17 @@ class OwnProjection(nn.Module):
 class HyperConnection(nn.Module):
     """n residual streams around one pass of the loop, (..., n, C) -> (..., n, C).
 
-    From Hyperloop Transformers (arXiv:2604.21254) and, for what is learned and where it starts,
-    mHC (arXiv:2512.24880). With z the normalized streams, flattened to n C, and f the pass:
+    After Hyperloop Transformers (arXiv:2604.21254), where streams meet between passes only, with
+    the gates of mHC (arXiv:2512.24880). With z the normalized streams, flattened to n C, and f the
+    pass:
 
         pre, post, keep = gates(z), each n numbers for each token
         x      = sum over i of pre_i Y_i
         Y_i   <- keep_i Y_i + post_i (f(x) + v - x)        v: the vector of this pass
 
-    It starts as the plain loop: pre = 1 / n, post = keep = 1, v = 0, all streams the same; they
-    part as soon as the gates read their input (`weight` is random, `strength` starts at 0).
+    It starts as the plain loop: pre = 1 / n, post = keep = 1, v = 0, all streams the same. They
+    part as soon as the gates read their input: `weight` is random, `strength` starts at 0 (0.01 in
+    mHC).
     """
 
     def __init__(self, streams: int, width: int) -> None:
