@@ -197,6 +197,10 @@ def _halves(scale: Scale) -> Iterable[Row]:
     one = [0] * scale.n_layer
     yield Row("shared-attn", "one attention, own MLPs", trial(attn_map=one))
     yield Row("shared-mlp", "one MLP, own attentions", trial(mlp_map=one))
+    if scale.n_layer == LAYERS:  # both about as large as four blocks
+        six = mapped(cycle(6))
+        yield Row("attn1-mlp6", "one attention, cycle of 6 MLPs", six | trial(attn_map=one))
+        yield Row("attn6-mlp3", "cycles of 6 attentions and 3 MLPs", six | trial(mlp_map=cycle(3)))
 
 
 def _embeddings(scale: Scale) -> Iterable[Row]:
