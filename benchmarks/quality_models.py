@@ -212,7 +212,6 @@ class TrialModel(ALGPT2Model):
             self.wte = nn.Embedding(config.vocab_size, config.input_size)
             self.wpe = nn.Embedding(config.n_positions, config.input_size)
             self.projection_layer = nn.Linear(config.input_size, width)
-        self.post_init()
 
     def own_projections(self, own_bias: bool, rank: int) -> None:
         """Give all projections their pieces for the layers that use them."""
