@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from algpt2.errors import UserError, run_script
+from algpt2.errors import UserError
 from algpt2.options import PlotOptions, parse
 from algpt2.report import METRICS_FILE, read_json_lines
+from algpt2.script import run_script
 
 LABELS = {"tokens": "training tokens", "step": "optimizer steps", "elapsed_s": "training time (s)"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, draw, write."""
-    options = parse(PlotOptions, argv)
+    options = parse(PlotOptions, argv, __doc__)
     path = Path(options.save_path)
     check_output(path, options.overwrite)
     folders = options.runs or [str(p.parent) for p in sorted(Path("runs").rglob(METRICS_FILE))]

@@ -12,13 +12,13 @@ Repeat a command and the run continues where it stopped; a finished run says so.
 
 from collections.abc import Sequence
 
-from algpt2.errors import run_script
 from algpt2.options import TrainOptions, parse
+from algpt2.script import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Train, evaluate or sample as the options say; returns the exit code."""
-    options = parse(TrainOptions, argv)
+    options = parse(TrainOptions, argv, __doc__)
     if options.eval_only:
         return evaluate_only(options)
     if options.sample_only:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def train(options: TrainOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
-    from algpt2 import loop, mirror, model_card, report, runs, training_pt
+    from algpt2 import console, loop, mirror, model_card, report, runs, training_pt
     from algpt2.checkpoints import find_checkpoint
 
     # 1. Processes, tokenizer and data
@@ -50,7 +50,7 @@ def train(options: TrainOptions) -> int | None:
         trainer = training_pt.build_trainer(options, tokenizer, rows, *start)
         run |= runs.describe_model(trainer.model, seq_len)
         done = loop.is_done(trainer)
-        report.log(runs.summary(run, trainer.step, done))
+        console.log(runs.summary(run, trainer.step, done))
 
         # 4. Train
         run |= runs.measure_start(
@@ -66,21 +66,22 @@ def train(options: TrainOptions) -> int | None:
 
 def evaluate_only(options: TrainOptions) -> None:
     """Print and save one table of what a checkpoint scores on --val_path or --eval_sets."""
-    from algpt2 import evaluation_sets, model_card, runs, training_pt
-    from algpt2.evaluation_pt import evaluation_model
+    from algpt2 import model_card, results, runs, sets, training_pt
+    from algpt2.scoring_pt import evaluation_model
 
     processes = training_pt.start_processes(options)
     model_card.check_hub(options.report.push_to_hub)
     tokenizer = runs.choose_tokenizer(options.data, options.model, trains=False)
-    results = evaluation_sets.ResultFiles(runs.result_folder(options.model))
+    result_files = results.ResultFiles(runs.result_folder(options.model))
     with processes.main_first():
-        seq_len, sets = evaluation_sets.choose_sets(options, tokenizer)
+        seq_len, eval_sets = sets.choose_sets(options, tokenizer)
     model = training_pt.build_model(options.model, tokenizer, seq_len).to(processes.device)
-    evaluator = evaluation_sets.Evaluator(
+    evaluator = sets.Evaluator(
         evaluation_model(model, processes, seq_len, options.optim.batch_size),
         tokenizer, options, precision=str(processes.dtype).removeprefix("torch."),
     )  # fmt: skip
-    evaluation_sets.evaluate_all(evaluator, sets, results, options)
+    evaluator.evaluate_all(eval_sets, result_files)
+    model_card.publish_evaluation(runs.source_folder(options.model), options.report)
 
 
 def sample_only(options: TrainOptions) -> None:

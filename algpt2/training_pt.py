@@ -25,9 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 from .batches import global_rows, process_rows
 from .checkpoints import Checkpoint, prune_checkpoints, write_checkpoint
 from .configuration_algpt2 import MAX_LAYERS, ALGPT2Config
+from .console import torchrun_number, torchrun_process
 from .convert_pt import start_model
 from .errors import UserError, describe
-from .evaluation import text_metrics
 from .guard import Hint, StepGuard, check_finite
 from .loop import (
     Hooks,
@@ -35,17 +35,19 @@ from .loop import (
     StopRequest,
     check_cut,
     check_stop,
+    last_checkpoint,
     run_loop,
     step_lr_factor,
 )
+from .memory import check_memory, keep_freed_memory
 from .mirror import checkpoint_here, copy_or_warn
 from .modeling_algpt2 import ALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TrainOptions
-from .parallel import keep_freed_memory
 from .remote import local_folder
-from .report import RunReport, torchrun_number, torchrun_process
-from .runs import check_memory, check_model_fits, peak_lr, source_folder, text_totals
+from .report import RunReport
+from .runs import check_model_fits, peak_lr, source_folder, text_totals
 from .sampling_pt import sample_texts
+from .scoring import text_metrics
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer
 
@@ -447,7 +449,9 @@ class Trainer:
             for i in micro_steps
         ]
         is_low = self.processes.dtype != torch.float32
-        return Hint(self.options.report.save_dir, np.concatenate(ids).tolist(), is_low)
+        return Hint(
+            last_checkpoint(self.options.report.save_dir), np.concatenate(ids).tolist(), is_low
+        )
 
 
 def build_trainer(
@@ -490,8 +494,8 @@ def train_step(trainer: Trainer) -> tuple[float, float]:
     if overflow and scaler.get_scale() >= MIN_LOSS_SCALE:
         updates = False
     else:
-        updates = trainer.guard.accepts(loss, norm)
-        trainer.guard.note(trainer.step + 1, loss, norm, updates, trainer.hint)
+        updates = trainer.guard.allows(loss, norm)
+        trainer.guard.record(trainer.step + 1, loss, norm, updates, trainer.hint)
     if updates:
         trainer.optimizers.set_lr(step_lr_factor(trainer.step, options, trainer.n_steps))
         trainer.optimizers.step(scaler)
@@ -589,7 +593,7 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer, state: dict[str, Any]
     tensors = trainer.optimizers.state_tensors()
     everything = {**dict(trainer.model.named_parameters()), **tensors}
     bad = [name for name, tensor in everything.items() if not torch.isfinite(tensor).all()]
-    check_finite(bad, trainer.step, trainer.options.report.save_dir)
+    check_finite(bad, trainer.step, trainer.hint)
 
     def fill(folder: Path) -> None:
         trainer.model.save_pretrained(folder)

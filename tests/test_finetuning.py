@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_pt
-from algpt2 import runs
+from algpt2 import console, runs
 from algpt2.errors import UserError
 from algpt2.options import DataOptions, SampleOptions
 from algpt2.sampling_pt import sample_texts
@@ -25,16 +25,12 @@ def tokenizer(tokenizer_folder):
 
 
 @pytest.fixture
-def flags(corpus, tokenizer_folder, config_folder, tmp_path):
-    """A run of four steps on the training files."""
+def flags(flags):
+    """A run of four steps on the training files, with more arguments behind its flags."""
 
     def make(save_dir="run", *more, **changes):
-        options = {
-            "config": config_folder, "tokenizer": tokenizer_folder, "save_dir": tmp_path / save_dir,
-            "train_path": corpus / "train", "val_path": corpus / "valid", "seq_len": 16,
-            "max_steps": 4, "eval_steps": 2, "lr": 1e-2, "device": "cpu",
-        } | changes  # fmt: skip
-        return [f"--{k}={v}" for k, v in options.items() if v is not None] + list(map(str, more))
+        options = {"max_steps": 4, "eval_steps": 2, "logging_steps": None} | changes
+        return [*flags(save_dir, **options), *map(str, more)]
 
     return make
 
@@ -208,12 +204,11 @@ def test_what_is_streamed_is_the_text(model, tokenizer, n_samples):
 
 
 def test_a_sample_alone_is_printed_as_it_comes(flags, tmp_path, capsys, monkeypatch):
-    from algpt2 import report
 
     train_pt.main(flags())
     shutil.copytree(tmp_path / "run" / "checkpoint-00000004", tmp_path / "alone")
-    pieces, write = [], report.write
-    monkeypatch.setattr(report, "write", lambda text: (pieces.append(text), write(text)))
+    pieces, write = [], console.write
+    monkeypatch.setattr(console, "write", lambda text: (pieces.append(text), write(text)))
     capsys.readouterr()
     sample = [f"--checkpoint={tmp_path / 'alone'}", "--sample_only", "--prompt=the",
               "--device=cpu", "--max_length=20"]  # fmt: skip
