@@ -41,16 +41,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from algpt2.console import table
+from algpt2.errors import EXIT_NON_FINITE, EXIT_STOPPED, UserError
+from algpt2.files import CHECKSUM, read_record, write_record
+from algpt2.report import METRICS_FILE, RUN_FILE, read_json_lines
+from algpt2.script import run_script
+from algpt2.tfrecords import MANIFEST_FILE
+from benchmarks.quality_rows import SCALES, Row, rows
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from algpt2.checkpoints import CHECKSUM, read_record, write_record  # noqa: E402  (after the path)
-from algpt2.errors import EXIT_NON_FINITE, EXIT_STOPPED, UserError, run_script  # noqa: E402
-from algpt2.evaluation import table  # noqa: E402
-from algpt2.report import METRICS_FILE, RUN_FILE, read_json_lines  # noqa: E402
-from algpt2.tfrecords import MANIFEST_FILE  # noqa: E402
-from benchmarks.quality_rows import SCALES, Row, rows  # noqa: E402
-
 COMMITTED = ROOT / "Markdown" / "runs" / "quality"
 SEED = 42  # of every sweep; further seeds count up from it
 LINES = 60  # of metrics.jsonl that are committed, about

@@ -8,7 +8,6 @@ There is no KV cache: what is on trial is trained and evaluated only.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import train_pt
 from algpt2.checkpoints import find_checkpoint
 from algpt2.configuration_algpt2 import ALGPT2Config
-from algpt2.errors import run_script
-from algpt2.modeling_algpt2 import ALGPT2LMHeadModel, ALGPT2Model, Conv1D
-from algpt2.report import log
+from algpt2.console import log
+from algpt2.kernels_algpt2 import Conv1D
+from algpt2.modeling_algpt2 import ALGPT2LMHeadModel, ALGPT2Model
+from algpt2.script import run_script
 
 
 class TrialConfig(ALGPT2Config):
