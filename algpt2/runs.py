@@ -417,7 +417,7 @@ def describe_model(model: Any, seq_len: int) -> dict[str, Any]:
     """Class, parameters stored; for ALGPT2 also virtual parameters and training FLOPs per token."""
     config = model.config
     facts = {"model": config.to_dict(), "parameters": model.num_parameters()}
-    if config.model_type == "algpt2":
+    if hasattr(config, "virtual_parameters"):
         facts["virtual_parameters"] = config.virtual_parameters()
         facts["flops_per_token"] = config.flops_per_token(seq_len)
     return facts
