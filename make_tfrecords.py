@@ -27,8 +27,9 @@ What is left behind:
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from algpt2.errors import UserError, run_script
+from algpt2.errors import UserError
 from algpt2.options import DEFAULT_TOKENIZER, PackOptions, parse
+from algpt2.script import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def pack_text(options: PackOptions) -> None:
     """Pack `--path` into `--save_path`."""
     # Behind the options, so that --help answers at once.
+    from algpt2.console import log
     from algpt2.packing import pack
-    from algpt2.report import log
     from algpt2.tokenization_algpt2 import load_tokenizer
 
     given = asdict(options)
@@ -64,8 +65,8 @@ def pack_text(options: PackOptions) -> None:
 
 def check(options: PackOptions) -> None:
     """Read every byte of `--verify`; `UserError` if anything is wrong."""
+    from algpt2.console import log
     from algpt2.parallel import available_cores
-    from algpt2.report import log
     from algpt2.tfrecords import verify
     from algpt2.tokenization_algpt2 import load_tokenizer
 

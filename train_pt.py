@@ -12,8 +12,8 @@ Repeat a command and the run continues where it stopped; a finished run says so.
 
 from collections.abc import Sequence
 
-from algpt2.errors import run_script
 from algpt2.options import TrainOptions, parse
+from algpt2.script import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def train(options: TrainOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
-    from algpt2 import loop, mirror, model_card, report, runs, training_pt
+    from algpt2 import console, loop, mirror, model_card, report, runs, training_pt
     from algpt2.checkpoints import find_checkpoint
 
     # 1. Processes, tokenizer and data
@@ -50,7 +50,7 @@ def train(options: TrainOptions) -> int | None:
         trainer = training_pt.build_trainer(options, tokenizer, rows, *start)
         run |= runs.describe_model(trainer.model, seq_len)
         done = loop.is_done(trainer)
-        report.log(runs.summary(run, trainer.step, done))
+        console.log(runs.summary(run, trainer.step, done))
 
         # 4. Train
         run |= runs.measure_start(

@@ -13,8 +13,8 @@ those of train_pt.py: a run begun there continues here, and the other way round.
 
 from collections.abc import Sequence
 
-from algpt2.errors import import_tensorflow, run_script
 from algpt2.options import TFTrainOptions, parse
+from algpt2.script import import_tensorflow, run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def train(options: TFTrainOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
-    from algpt2 import loop, mirror, model_card, report, runs, training_tf
+    from algpt2 import console, loop, mirror, model_card, runs, training_tf
     from algpt2.checkpoints import find_checkpoint
 
     # 1. Devices, tokenizer and data
@@ -53,7 +53,7 @@ def train(options: TFTrainOptions) -> int | None:
         )
         run |= runs.describe_model(trainer.model, seq_len)
         done = loop.is_done(trainer)
-        report.log(runs.summary(run, trainer.step, done))
+        console.log(runs.summary(run, trainer.step, done))
 
         # 4. Train
         run |= runs.measure_start(

@@ -15,8 +15,8 @@ Repeat a command (on every worker) and the run continues where it stopped; a fin
 
 from collections.abc import Sequence
 
-from algpt2.errors import import_tensorflow, run_script
 from algpt2.options import TFRecordOptions, parse
+from algpt2.script import import_tensorflow, run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def train(flags: TFRecordOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
-    from algpt2 import input_tf, loop, mirror, report, runs, training_tf
+    from algpt2 import console, input_tf, loop, mirror, runs, training_tf
 
     # 1. Devices, and shards that fit them and the model
     options = flags.train_options()
@@ -53,7 +53,7 @@ def train(flags: TFRecordOptions) -> int | None:
     # 2. The run: new, or the continuation of the one in save_dir
     n_rows = flags.train_len or shards.manifest.n_rows
     if n_rows != shards.manifest.n_rows:
-        report.log(f"--train_len {n_rows:,}: the shards hold {shards.manifest.n_rows:,} rows")
+        console.log(f"--train_len {n_rows:,}: the shards hold {shards.manifest.n_rows:,} rows")
     n_steps = runs.count_steps(options.optim, n_rows, inputs.seq_len)
     run = runs.describe_run(options, shards, val_shards, n_steps)
     with mirror.run_folder(options.report, options.overwrite) as save_dir:
@@ -65,7 +65,7 @@ def train(flags: TFRecordOptions) -> int | None:
         )
         run |= runs.describe_model(trainer.model, inputs.seq_len)
         done = loop.is_done(trainer)
-        report.log(runs.summary(run, trainer.step, done))
+        console.log(runs.summary(run, trainer.step, done))
 
         # 4. Train
         run |= runs.measure_start(
@@ -80,7 +80,7 @@ def train(flags: TFRecordOptions) -> int | None:
 
 def evaluate_only(flags: TFRecordOptions) -> None:
     """Print and save one table of loss, perplexities and bits per byte of a checkpoint."""
-    from algpt2 import evaluation_sets, input_tf, report, runs, training_tf
+    from algpt2 import console, evaluation_sets, input_tf, runs, training_tf
 
     options = flags.train_options()
     results = evaluation_sets.ResultFiles(runs.result_folder(options.model))
@@ -90,7 +90,7 @@ def evaluate_only(flags: TFRecordOptions) -> None:
         model = training_tf.build_model(options.model, None, None, processes.dtype)
     input_tf.check_shards("--val_path", shards, 1, flags.seq_len, model.config.to_dict(), False)
     rows = input_tf.FileRows(shards)
-    with report.Progress("evaluate", total=len(rows), unit="row") as progress:
+    with console.Progress("evaluate", total=len(rows), unit="row") as progress:
         batch_size = options.optim.batch_size
         loss = training_tf.evaluate(model, rows, processes, batch_size, tick=progress.update)
     one = evaluation_sets.evaluation_of_rows(options, rows.manifest, loss, str(processes.dtype))

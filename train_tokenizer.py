@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from algpt2.errors import run_script
 from algpt2.options import TokenizerOptions, parse
+from algpt2.script import run_script
 
 if TYPE_CHECKING:
     from algpt2.corpus import CorpusReport
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, save and measure the tokenizer that the options describe."""
     options = parse(TokenizerOptions, argv)
     # Behind the options, so that --help answers at once.
+    from algpt2.console import log
     from algpt2.corpus import CorpusReport, documents
-    from algpt2.report import log
     from algpt2.tokenization_algpt2 import END_OF_TEXT, load_tokenizer, save, train
 
     for name, value in asdict(options).items():
@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def shown(texts: Iterable[str], max_bytes: int | None, report: "CorpusReport") -> Iterator[str]:
     """Pass at most `max_bytes` of `texts` on, with a progress bar, and say what `report` counts."""
+    from algpt2.console import Progress, log
     from algpt2.corpus import first_bytes
-    from algpt2.report import Progress, log
 
     start_s = time.monotonic()
     with Progress("read", total=max_bytes, unit="B") as progress:

@@ -10,23 +10,30 @@ the sha256 that it lists (README.md, for people, is not listed). Folders are fil
 name and renamed. JSON that has to be believed carries a checksum of itself: `write_record`.
 """
 
-import contextlib
-import hashlib
-import json
-import os
 import re
 import reprlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .files import (
+    CHECKSUM,
+    describe_file,
+    file_sha256,
+    is_plain_file,
+    read_record,
+    remove,
+    sync,
+    write_record,
+)
 
 STATE_FILE, CARD_FILE = "training_state.json", "README.md"
 FORMAT_VERSION = 2  # 1 had no checksum of the marker itself
-CHECKSUM = "sha256"  # key of a record's own, over all its other keys
+
+
 # Of a run, one line behind the other: a checkpoint knows the bytes that they had.
 LINE_FILES = ("metrics.jsonl", "samples.jsonl")
 MAX_STEP = 2**62
@@ -79,7 +86,7 @@ def write_checkpoint(
         if folder.exists():  # incomplete, or this step would not be written again
             shutil.rmtree(folder)
         partial.rename(folder)
-        _sync(save_dir)
+        sync(save_dir)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -152,7 +159,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         path = folder / name
         if Path(name).name != name or "\0" in name or not is_plain_file(path):
             raise UserError(f"{folder} is incomplete: {name} is missing")
-        if path.stat().st_size != n_bytes or _sha256(path) != digest:
+        if path.stat().st_size != n_bytes or file_sha256(path) != digest:
             raise UserError(f"{path} is damaged: its checksum is not that of {STATE_FILE}")
     return Checkpoint(folder, state)
 
@@ -171,22 +178,6 @@ def find_checkpoint(path: Path, warn: Callable[[str], None] = print) -> Path:
     if _FOLDER.fullmatch(path.name) or (path / STATE_FILE).exists():
         return read_checkpoint(path).folder
     return path
-
-
-def find_config_folder(name: str) -> Path:
-    """The folder of a config: a path that has a config.json, or a name that ships with the code.
-
-    Raises:
-        UserError: neither; lists the names.
-    """
-    packaged = Path(__file__).parent
-    for folder in (Path(name), packaged / name, packaged / Path(name).name):
-        if (folder / "config.json").is_file():
-            return folder
-    names = ", ".join(sorted(path.parent.name for path in packaged.glob("*/config.json")))
-    raise UserError(
-        f"unknown config {name!r}: expected a folder with config.json or one of {names}"
-    )
 
 
 def is_checkpoint_name(name: str) -> bool:
@@ -229,98 +220,6 @@ def outdated_steps(steps: Sequence[int], keep_last: int, milestone_steps: int | 
 # --- files that are there whole or not at all ----------------------------------------------------
 
 
-def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Write JSON so that `path` is there whole or not at all, if `durable` also after a power
-    cut."""
-    write_text(path, json_text(value), durable=durable)
-
-
-def write_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """Write text so that `path` is there whole or not at all; a link there is replaced."""
-    partial = path.with_name(f".{path.name}.partial")
-    remove(partial)  # of a killed process; or a link, which would be written through
-    with errors_name(path), partial.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())
-    partial.replace(path)
-
-
-@contextlib.contextmanager
-def errors_name(path: Path) -> Iterator[None]:
-    """Put the file into an `OSError` of the body that names none: a disk that is full."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def write_record(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:
-    """`write_json` of an object, with a checksum of itself in it."""
-    write_json(path, content | {CHECKSUM: content_sha256(content)}, durable=durable)
-
-
-def read_record(path: Path, *, required: bool = True) -> dict[str, Any]:
-    """What `write_record` wrote, its checksum verified and still in it.
-
-    Args:
-        required: the checksum; else a record of earlier versions may lack it.
-    Raises:
-        UserError: not a JSON object, or its checksum is not that of its content.
-        OSError: it cannot be read.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        others = {key: value for key, value in content.items() if key != CHECKSUM}
-        expected = content_sha256(others)
-    except (ValueError, AttributeError, RecursionError):
-        raise UserError(f"{path} is damaged: it is not a JSON object") from None
-    if content.get(CHECKSUM, None if required else expected) != expected:
-        raise UserError(f"{path} is damaged: its {CHECKSUM} is not that of its content")
-    return content
-
-
-def content_sha256(content: dict[str, Any]) -> str:
-    """The sha256 of an object, however it is laid out."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def is_plain_file(path: Path) -> bool:
-    """True for a regular file; a link to one is none."""
-    return path.is_file() and not path.is_symlink()
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a folder with all that it holds, or a link (never what it leads to)."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def json_text(value: Any) -> str:
-    """The very text that `write_json` writes."""
-    return json.dumps(value, indent=2) + "\n"
-
-
-def changed_options(
-    old: dict[str, Any], new: dict[str, Any], ignore: Sequence[str] = ()
-) -> list[str]:
-    """`name: old -> new` for each option that differs, nested groups flattened."""
-    changes = []
-    for name in sorted({**old, **new}):
-        before, after = old.get(name), new.get(name)
-        if name in ignore or before == after:
-            continue
-        if isinstance(before, dict) and isinstance(after, dict):
-            changes += changed_options(before, after, ignore)
-        else:
-            changes.append(f"{name}: {before} -> {after}")
-    return changes
-
-
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("checkpoint-"))
 
@@ -334,23 +233,5 @@ def _expected(files: dict[str, dict[str, Any]]) -> dict[str, tuple[int, str]]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    _sync(path)
+    sync(path)
     return dict(zip(("bytes", "sha256"), describe_file(path), strict=True))
-
-
-def describe_file(path: Path) -> tuple[int, str]:
-    """Size in bytes and sha256."""
-    return path.stat().st_size, _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

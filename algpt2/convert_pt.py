@@ -12,12 +12,12 @@ from transformers import GenerationConfig, GPT2Config
 
 from .checkpoints import STATE_FILE, find_checkpoint
 from .configuration_algpt2 import ALGPT2Config
+from .console import log
 from .convert import Tensors, check_start, gpt2_config, gpt2_tensors, start_tensors
 from .errors import UserError, describe
+from .memory import check_memory
 from .model_card import limit_tokenizer
 from .modeling_algpt2 import ALGPT2LMHeadModel
-from .report import log
-from .runs import check_memory
 from .tokenization_algpt2 import load_tokenizer
 
 WEIGHTS_FILE = "model.safetensors"

@@ -28,8 +28,10 @@ from typing import Any
 import numpy as np
 
 from .archives import Broken, TarStream
-from .docstrings import SPLITS, cache_dir, hash_fraction, package_versions
+from .console import log
+from .docstrings import SPLITS, hash_fraction, package_versions
 from .errors import UserError
+from .files import cache_dir
 from .readers import (
     BYTES,
     ZIP_ERRORS,
@@ -45,7 +47,6 @@ from .readers import (
     split_suffix,
     unreadable,
 )
-from .report import log
 
 __all__ = [
     "BrokenInput",

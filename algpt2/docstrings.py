@@ -17,8 +17,9 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from .console import log
 from .errors import UserError, describe
-from .report import log
+from .files import cache_dir
 
 PACKAGES = ("torch", "transformers", "tensorflow", "keras", "numpy", "pandas")
 SPLITS = ("train", "valid", "all")
@@ -39,11 +40,6 @@ def read_docstrings(split: str) -> Iterator[str]:
             "valid" if hash_fraction(text) < VALID_FRACTION else "train"
         ):
             yield text
-
-
-def cache_dir() -> Path:
-    """Where what took long is kept: $ALGPT2_CACHE, or ~/.cache/algpt2."""
-    return Path(os.environ.get("ALGPT2_CACHE") or "~/.cache/algpt2").expanduser()
 
 
 def package_versions() -> dict[str, str]:

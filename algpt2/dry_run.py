@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from .console import log
 from .errors import UserError
 from .options import TFRecordOptions
-from .report import log
 
 GIB = 2**30
 REQUIREMENTS = "requirements-tpu.txt"

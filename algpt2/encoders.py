@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from .console import log
 from .detokenizers import detokenize
-from .parallel import return_freed_memory
-from .report import log
+from .memory import return_freed_memory
 from .tokenization_algpt2 import TextTokenizer
 
 ENCODERS = ("gigatoken", "tokenizers")  # by name

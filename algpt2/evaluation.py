@@ -255,20 +255,5 @@ def _batched(items: Iterable, size: int) -> Iterator[list]:
 # --- tables --------------------------------------------------------------------------------------
 
 
-def table(rows: list[list[str]], left: Sequence[str] = ()) -> str:
-    """Rows of cells as aligned text; the first row is the heading. Columns are right-aligned but
-    the first and those whose heading is in `left`."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    is_left = [i == 0 or name in left for i, name in enumerate(rows[0])]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if to_left else cell.rjust(width)
-            for cell, width, to_left in zip(row, widths, is_left, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
 def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf

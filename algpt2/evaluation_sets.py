@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import model_card
-from .checkpoints import json_text, write_text
+from .console import Progress, is_main_process, log, table
 from .corpus import CorpusReport, documents
 from .detokenizers import DETOKENIZERS
 from .errors import UserError
@@ -31,12 +31,11 @@ from .evaluation import (
     compressor_nats,
     score_blimp,
     score_lambada,
-    table,
     text_metrics,
     text_nats,
 )
+from .files import json_text, write_text
 from .options import TrainOptions
-from .report import Progress, is_main_process, log
 from .runs import check_detokenizer, choose_seq_len, open_or_pack, source_folder, text_totals
 from .runs import fingerprint as manifest_fingerprint
 from .tfrecords import MANIFEST_FILE, Manifest, PackedRows, open_rows, read_manifest

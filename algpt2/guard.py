@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from .checkpoints import newest_checkpoint
+from .console import log
 from .errors import NonFiniteError
 from .remote import local_folder
-from .report import log
 
 WINDOW = 128  # steps that the mean is of: both numbers drift little in them
 MIN_STEPS = 64  # in the window before any is an outlier: fewer give no standard deviation

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from .console import log
 from .guard import StepGuard
 from .options import OptimOptions, TrainOptions, seconds_since_start
 from .remote import local_folder
-from .report import RunReport, log
+from .report import RunReport
 from .schedules import lr_factor
 
 Metrics = dict[str, float | None]

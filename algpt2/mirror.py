@@ -22,16 +22,16 @@ from .checkpoints import (
     Checkpoint,
     checkpoint_folders,
     is_checkpoint_name,
-    is_plain_file,
     newest_checkpoint,
     outdated_steps,
     read_checkpoint,
-    remove,
 )
+from .console import is_main_process, log
 from .errors import UserError, describe
+from .files import is_plain_file, remove
 from .options import ReportOptions
 from .remote import RemotePath, as_path, is_remote, local_folder
-from .report import FILES_OF_RUN, LOCK_FILE, RUN_FILE, is_main_process, locked, log
+from .report import FILES_OF_RUN, LOCK_FILE, RUN_FILE, locked
 
 try:
     import fcntl

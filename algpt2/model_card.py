@@ -15,18 +15,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import (
-    CARD_FILE,
-    STATE_FILE,
-    checkpoint_folders,
-    is_plain_file,
-    read_record,
-    write_json,
-    write_text,
-)
+from .checkpoints import CARD_FILE, STATE_FILE, checkpoint_folders
+from .console import is_main_process, log
 from .errors import UserError, describe
+from .files import is_plain_file, read_record, write_json, write_text
 from .options import ReportOptions
-from .report import METRICS_FILE, RUN_FILE, is_main_process, log, read_json_lines, send_table
+from .report import METRICS_FILE, RUN_FILE, read_json_lines, send_table
 from .tracker import run_name
 
 EVALUATION_FILE = "evaluation.json"

@@ -12,7 +12,7 @@ import reprlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -483,3 +483,19 @@ class PlotOptions:
     def __post_init__(self) -> None:
         check_on_disk(self, "save_path")
         check_positive(self, "smooth")
+
+
+def changed_options(
+    old: dict[str, Any], new: dict[str, Any], ignore: Sequence[str] = ()
+) -> list[str]:
+    """`name: old -> new` for each option that differs, nested groups flattened."""
+    changes = []
+    for name in sorted({**old, **new}):
+        before, after = old.get(name), new.get(name)
+        if name in ignore or before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes += changed_options(before, after, ignore)
+        else:
+            changes.append(f"{name}: {before} -> {after}")
+    return changes

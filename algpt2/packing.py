@@ -29,15 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoints import (
-    CHECKSUM,
-    changed_options,
-    content_sha256,
-    describe_file,
-    read_record,
-    remove,
-    write_record,
-)
+from .console import Progress, log
 from .corpus import (
     BrokenInput,
     ChangedInput,
@@ -50,10 +42,11 @@ from .corpus import (
 from .detokenizers import detokenize
 from .encoders import ENCODERS, choose_encoder
 from .errors import UserError, describe
-from .options import PackOptions
-from .parallel import TasksStopped, available_cores, keep_freed_memory, run_tasks
+from .files import CHECKSUM, content_sha256, describe_file, read_record, remove, write_record
+from .memory import keep_freed_memory
+from .options import PackOptions, changed_options
+from .parallel import TasksStopped, available_cores, run_tasks
 from .remote import RemotePath, as_path, local_folder
-from .report import Progress, log
 from .tfrecords import (
     FORMAT_VERSION,
     MANIFEST_FILE,

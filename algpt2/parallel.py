@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -15,7 +14,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import UserError, describe, quiet
+from .errors import UserError, describe
+from .memory import keep_freed_memory
+from .script import quiet
 
 Task, Result = TypeVar("Task"), TypeVar("Result")
 
@@ -35,27 +36,6 @@ def available_cores() -> int:
     with contextlib.suppress(AttributeError):  # macOS, Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory instead of handing each large array back to the kernel.
-
-    Page faults of temporaries otherwise take up to half of a small model's step on a CPU, and a
-    third of the time of writing shards. No effect where the C library is not glibc.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_max = -1, -4
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def return_freed_memory() -> None:
-    """Have glibc hand back what `keep_freed_memory` kept: behind something of hundreds of MB."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
 
 
 def run_tasks(

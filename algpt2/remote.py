@@ -21,10 +21,9 @@ from typing import Any, BinaryIO
 
 import google_crc32c
 
-from .checkpoints import remove
-from .docstrings import cache_dir
+from .console import Progress
 from .errors import UserError, describe
-from .report import Progress
+from .files import cache_dir, remove
 
 # Where a file is not seen before it is complete; elsewhere it gets a hidden name and is renamed.
 OBJECT_STORES = {"gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "memory"}

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import re
-import reprlib
 import subprocess
 import sys
 import time
@@ -20,22 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from .checkpoints import (
-    LINE_FILES,
-    STATE_FILE,
-    Checkpoint,
-    changed_options,
-    errors_name,
-    is_checkpoint_name,
-    newest_checkpoint,
-    read_record,
-    remove,
-    write_record,
-    write_text,
-)
+from .checkpoints import LINE_FILES, STATE_FILE, Checkpoint, is_checkpoint_name, newest_checkpoint
+from .console import Progress, is_main_process, log
 from .errors import UserError
+from .files import append_json, no_links, read_record, remove, write_record, write_text
+from .options import changed_options
 from .tracker import FINISH_S, STOP_S, UPLOAD_S, Tracker, choose_mode, run_name, start_wandb
 
 try:
@@ -46,136 +35,6 @@ except ImportError:  # Windows
 METRICS_FILE, SAMPLES_FILE = LINE_FILES
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
 FILES_OF_RUN = {*LINE_FILES, RUN_FILE, LOCK_FILE, "evaluation.json", "evaluation.md"}
-
-PLAIN_SECONDS = 10.0  # between two progress lines in a log file
-
-
-def process_index() -> int:
-    """This process among several: torchrun sets RANK, a TensorFlow cluster has TF_CONFIG.
-
-    Raises:
-        UserError: RANK is none that torchrun sets, TF_CONFIG no JSON of a cluster.
-    """
-    if "RANK" in os.environ or "TF_CONFIG" not in os.environ:
-        return torchrun_process()[0]
-    try:
-        config = json.loads(os.environ["TF_CONFIG"])
-        task, n_chiefs = config.get("task", {}), len(config.get("cluster", {}).get("chief", ()))
-        return int(task.get("index", 0)) + (n_chiefs if task.get("type") == "worker" else 0)
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(
-            f"TF_CONFIG is {reprlib.repr(os.environ['TF_CONFIG'])}: expected JSON such as "
-            '{"cluster": {"worker": ["a:2222", "b:2222"]}, "task": {"type": "worker", "index": 0}}'
-        ) from None
-
-
-def torchrun_process() -> tuple[int, int]:
-    """This process and the number of processes, as torchrun sets them; 0 and 1 without it.
-
-    Raises:
-        UserError: they are no numbers, or not the first below the second.
-    """
-    rank, count = torchrun_number("RANK", 0), torchrun_number("WORLD_SIZE", 1)
-    if rank >= count:
-        raise UserError(
-            f"RANK={rank}: expected a number below WORLD_SIZE={count}, as torchrun sets both; "
-            "unset both to run one process"
-        )
-    return rank, count
-
-
-def torchrun_number(name: str, lowest: int) -> int:
-    """An environment variable that torchrun sets; without it, the lowest number that it can have.
-
-    Raises:
-        UserError: it has another value.
-    """
-    value = os.environ.get(name, str(lowest))
-    if not value.isdecimal() or int(value) < lowest:
-        raise UserError(
-            f"{name}={value}: expected a number from {lowest} on, as torchrun sets it; unset it to "
-            "run one process"
-        )
-    return int(value)
-
-
-def is_main_process() -> bool:
-    """True in a single process and on process 0 of several."""
-    return process_index() == 0
-
-
-class Progress:
-    """A bar on a terminal, a plain line every ten seconds in a log; speed and time left in both.
-
-    >>> with Progress("encode", total=n_bytes, unit="B") as progress:
-    ...     progress.update(1024)
-    """
-
-    def __init__(
-        self, description: str, *, total: int | None = None, unit: str = "it", initial: int = 0
-    ) -> None:
-        self.description, self.total, self.unit = description, total, unit
-        self.done, self.initial, self.note = initial, initial, ""
-        self.start_s = self.last_line_s = time.monotonic()
-        self.bar = None
-        if is_main_process() and sys.stderr.isatty():
-            self.bar = tqdm(
-                desc=description,
-                total=total,
-                unit=unit,
-                unit_scale=True,
-                initial=initial,
-                dynamic_ncols=True,
-                leave=False,
-            )
-
-    def update(self, n: int, note: str = "", total: int | None = None) -> None:
-        """Add `n` units; `note` is a few words shown beside the speed, `total` what is known now
-        of the units in all."""
-        self.done += n
-        self.note, self.total = note or self.note, total or self.total
-        if self.bar is not None:
-            self.bar.total = self.total
-            if note:
-                self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update(n)
-        elif is_main_process() and time.monotonic() - self.last_line_s >= PLAIN_SECONDS:
-            self.last_line_s = time.monotonic()
-            print(self._line(), flush=True)
-
-    def _line(self) -> str:
-        rate = (self.done - self.initial) / max(1e-9, time.monotonic() - self.start_s)
-        text = f"{self.description}: {self._size(self.done)}"
-        if self.total:
-            left_s = (self.total - self.done) / max(1e-9, rate)
-            text += f" of {self._size(self.total)} {self.done / self.total:.0%}"
-            text += f", {tqdm.format_interval(left_s)} left"
-        return f"{text}, {self._size(round(rate, 2))}/s {self.note}".rstrip()
-
-    def _size(self, n: float) -> str:
-        if self.unit == "B":
-            return f"{tqdm.format_sizeof(n)}B"
-        return f"{n:,} {self.unit.strip()}"
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def log(message: str = "") -> None:
-    """Print on process 0, above the progress bar if there is one."""
-    if is_main_process():
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
-
-
-def write(text: str) -> None:
-    """Print a piece of a text on process 0, at once."""
-    if is_main_process():
-        print(text, end="", flush=True)
 
 
 # --- the folder of a run -------------------------------------------------------------------------
@@ -389,12 +248,6 @@ def _remove_run(save_dir: Path) -> None:
             remove(path)
 
 
-def append_json(path: Path, line: dict[str, Any]) -> None:
-    """Append one line of JSON in a single write; a link is not written through (`OSError`)."""
-    with errors_name(path), open(path, "a", encoding="utf-8", opener=_without_links) as file:
-        file.write(json.dumps(line) + "\n")
-
-
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of metrics.jsonl or samples.jsonl; a last line cut by a crash is left out.
 
@@ -459,7 +312,7 @@ def locked(save_dir: Path) -> Iterator[None]:
         raise UserError(f"save_dir {save_dir} is a file: expected a folder")
     save_dir.mkdir(parents=True, exist_ok=True)
     check_entries(save_dir)
-    with open(save_dir / LOCK_FILE, "w", opener=_without_links) as file:
+    with open(save_dir / LOCK_FILE, "w", opener=no_links) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -479,10 +332,6 @@ def check_entries(save_dir: Path) -> None:
                 f"{path} is {'no folder' if is_folder else 'no file'}, or a link: expected one of "
                 "the run; move it away, or choose another --save_dir"
             )
-
-
-def _without_links(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _keep_lines_until(path: Path, step: int, is_cut: bool) -> None:

@@ -4,10 +4,8 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import reprlib
 import secrets
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,14 +14,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from . import mirror, model_card
-from .checkpoints import checkpoint_folders, find_checkpoint, find_config_folder
+from .checkpoints import checkpoint_folders, find_checkpoint
+from .console import log, table
 from .corpus import cache_dir, describe_sources
 from .errors import EXIT_STOPPED, UserError, describe
-from .evaluation import TextTotals, table
+from .evaluation import TextTotals
 from .options import DEFAULT_TOKENIZER, DataOptions, ModelOptions, OptimOptions, TrainOptions
 from .packing import pack
 from .remote import local_folder
-from .report import METRICS_FILE, environment, log, read_json_lines
+from .report import METRICS_FILE, environment, read_json_lines
+from .start import find_config_folder
 from .tfrecords import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -102,26 +102,6 @@ def check_rows_fit(seq_len: int | None, config: dict[str, Any]) -> None:
             f"rows of {seq_len} tokens do not fit the model's {n_positions} positions: pack with "
             f"--seq_len {n_positions} or less, or choose a longer --config"
         )
-
-
-def check_memory(n_parameters: int) -> None:
-    """`UserError` if a model's weights alone, in float32, are more than the memory here."""
-    n_bytes, memory = 4 * n_parameters, memory_bytes()
-    if n_bytes > memory:
-        raise UserError(
-            f"the model has {n_parameters:,} parameters, {n_bytes / 1e9:,.1f} GB, and this machine "
-            f"{memory / 1e9:,.1f} GB of memory: expected a smaller --config or --checkpoint"
-        )
-
-
-def memory_bytes() -> int:
-    """Memory of this machine, or of the container that this process runs in."""
-    if sys.platform == "win32":
-        return 2**62
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-        memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return memory
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import report
+from . import console
 from .errors import UserError
 from .options import SampleOptions, TrainOptions
 from .tokenization_algpt2 import TextTokenizer
@@ -61,13 +61,13 @@ def print_samples(
     code, sample = (options.data.control_codes or (None,))[0], options.sample
     arguments = (model, tokenizer, sample, options.optim.seed)
     if sample.n_samples == 1:
-        report.log("--- sample 1 of 1")
-        sample_texts(*arguments, code=code, write=report.write)
-        report.log("\n")
+        console.log("--- sample 1 of 1")
+        sample_texts(*arguments, code=code, write=console.write)
+        console.log("\n")
         return
     texts = sample_texts(*arguments, code=code)
     for i, text in enumerate(texts, start=1):
-        report.log(f"--- sample {i} of {len(texts)}\n{text}\n")
+        console.log(f"--- sample {i} of {len(texts)}\n{text}\n")
 
 
 class TextStream:

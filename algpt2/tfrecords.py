@@ -27,11 +27,11 @@ from typing import Any, TypeVar
 import google_crc32c
 import numpy as np
 
-from .checkpoints import CHECKSUM, content_sha256, json_text, write_record
+from .console import Progress
 from .errors import UserError
+from .files import CHECKSUM, content_sha256, json_text, write_record
 from .parallel import run_tasks
 from .remote import RemotePath, as_path
-from .report import Progress
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"

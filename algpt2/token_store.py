@@ -20,10 +20,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .batches import permutation
-from .checkpoints import describe_file, read_record, write_record
 from .corpus import CorpusReport, Part, describe_parts, read_parts
 from .encoders import Encode, build_encoder
 from .errors import UserError
+from .files import describe_file, read_record, write_record
 from .tfrecords import write_file
 from .tokenization_algpt2 import TextTokenizer
 

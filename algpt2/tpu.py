@@ -9,8 +9,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from .console import log, process_index
 from .errors import UserError, describe
-from .report import log, process_index
 
 if TYPE_CHECKING:
     import tensorflow as tf

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import describe, leave_threads
+from .errors import describe
+from .script import leave_threads
 
 QUEUE_SIZE = 1000  # calls that wait at most; more are dropped
 STOP_S = 5  # for the rest of the queue when the run was stopped: a machine may be taken away

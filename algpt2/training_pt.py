@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .batches import global_rows, process_rows
 from .checkpoints import Checkpoint, prune_checkpoints, write_checkpoint
 from .configuration_algpt2 import MAX_LAYERS, ALGPT2Config
+from .console import torchrun_number, torchrun_process
 from .convert_pt import start_model
 from .errors import UserError, describe
 from .evaluation import text_metrics
@@ -38,13 +39,13 @@ from .loop import (
     run_loop,
     step_lr_factor,
 )
+from .memory import check_memory, keep_freed_memory
 from .mirror import checkpoint_here, copy_or_warn
 from .modeling_algpt2 import ALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TrainOptions
-from .parallel import keep_freed_memory
 from .remote import local_folder
-from .report import RunReport, torchrun_number, torchrun_process
-from .runs import check_memory, check_model_fits, peak_lr, source_folder, text_totals
+from .report import RunReport
+from .runs import check_model_fits, peak_lr, source_folder, text_totals
 from .sampling_pt import sample_texts
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer

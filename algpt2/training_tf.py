@@ -27,6 +27,7 @@ from .checkpoints import (
     prune_checkpoints,
     write_checkpoint,
 )
+from .console import log, process_index
 from .errors import PeerGoneError, UserError, describe
 from .evaluation import text_metrics
 from .guard import MIN_STEPS, Hint, StepGuard, check_finite
@@ -39,20 +40,13 @@ from .loop import (
     run_loop,
     step_lr_factor,
 )
+from .memory import check_memory, keep_freed_memory, memory_bytes
 from .mirror import checkpoint_here, copy_or_warn
 from .modeling_tf_algpt2 import LOSS_ROWS_CPU, TFALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TFTrainOptions
-from .parallel import keep_freed_memory
 from .remote import local_folder
-from .report import RunReport, log, process_index
-from .runs import (
-    check_memory,
-    check_model_fits,
-    memory_bytes,
-    peak_lr,
-    source_folder,
-    text_totals,
-)
+from .report import RunReport
+from .runs import check_model_fits, peak_lr, source_folder, text_totals
 from .sampling_tf import sample_texts
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer

@@ -33,7 +33,7 @@ from pathlib import Path
 
 from harness import ROOT, save
 
-from algpt2.evaluation import table
+from algpt2.console import table
 
 METHODS = {
     "ours": 1, "ours, 2": 1, "ours, xz": 1, "xz -dc": 1, "ceiling": 1, "common": 10, "original": 100

@@ -22,7 +22,7 @@ import tyro
 from harness import ROOT, save
 
 from algpt2 import dry_run, errors
-from algpt2.evaluation import table
+from algpt2.console import table
 from algpt2.options import TFRecordOptions, parse
 
 # CONFIG@SLICE, and flags behind it.

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import tyro
 
-from algpt2.errors import UserError, describe, run_script
-from algpt2.evaluation import table
+from algpt2.console import table
+from algpt2.errors import UserError, describe
+from algpt2.script import run_script
 
 Ids = list[int]
 

@@ -119,8 +119,8 @@ def result(seconds: list[float], options: Options) -> dict[str, float]:
 
 def no_dropout(config: str) -> Any:
     """The configuration of that name without dropout."""
-    from algpt2.checkpoints import find_config_folder
     from algpt2.configuration_algpt2 import ALGPT2Config
+    from algpt2.start import find_config_folder
 
     rates = dict.fromkeys(["attn_pdrop", "embd_pdrop", "resid_pdrop"], 0.0)
     return ALGPT2Config.from_pretrained(find_config_folder(config), **rates)

@@ -23,8 +23,8 @@ import tyro
 from harness import ROOT, save
 
 from algpt2.checkpoints import find_checkpoint
+from algpt2.console import table
 from algpt2.detokenizers import wikitext
-from algpt2.evaluation import table
 
 TASK = """task: {name}
 dataset_path: json

@@ -27,7 +27,7 @@ from pathlib import Path
 import tyro
 from harness import save
 
-from algpt2.evaluation import table
+from algpt2.console import table
 
 
 @dataclass(frozen=True)

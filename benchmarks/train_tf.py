@@ -35,7 +35,7 @@ from harness import (
     write_shards,
 )
 
-from algpt2.evaluation import table
+from algpt2.console import table
 from algpt2.tfrecords import open_rows
 
 # A v3-128: 16 hosts, 64 chips of 123 TFLOP/s in bfloat16 (Google's figure).

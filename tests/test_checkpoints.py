@@ -2,19 +2,19 @@ import json
 
 import pytest
 
-from algpt2 import checkpoints
+from algpt2 import checkpoints, files
 from algpt2.checkpoints import (
-    changed_options,
     checkpoint_folders,
     find_checkpoint,
-    find_config_folder,
     newest_checkpoint,
     prune_checkpoints,
     read_checkpoint,
     write_checkpoint,
-    write_json,
 )
 from algpt2.errors import UserError
+from algpt2.files import write_json
+from algpt2.options import changed_options
+from algpt2.start import find_config_folder
 
 
 def fill(folder):
@@ -174,7 +174,7 @@ def test_a_marker_cannot_name_files_elsewhere(run, name):
     state = json.loads(marker.read_text())
     state["files"][name] = {"bytes": 1, "sha256": "0"}
     del state["sha256"]
-    checkpoints.write_record(marker, state)
+    files.write_record(marker, state)
     with pytest.raises(UserError, match="missing"):
         read_checkpoint(marker.parent)
 

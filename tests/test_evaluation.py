@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from algpt2.console import table
 from algpt2.errors import NonFiniteError
 from algpt2.evaluation import (
     MinimalPair,
@@ -17,7 +18,6 @@ from algpt2.evaluation import (
     score_blimp,
     score_lambada,
     score_windows,
-    table,
     text_metrics,
     text_nats,
 )

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_pt
-from algpt2 import runs
+from algpt2 import console, runs
 from algpt2.errors import UserError
 from algpt2.options import DataOptions, SampleOptions
 from algpt2.sampling_pt import sample_texts
@@ -204,12 +204,11 @@ def test_what_is_streamed_is_the_text(model, tokenizer, n_samples):
 
 
 def test_a_sample_alone_is_printed_as_it_comes(flags, tmp_path, capsys, monkeypatch):
-    from algpt2 import report
 
     train_pt.main(flags())
     shutil.copytree(tmp_path / "run" / "checkpoint-00000004", tmp_path / "alone")
-    pieces, write = [], report.write
-    monkeypatch.setattr(report, "write", lambda text: (pieces.append(text), write(text)))
+    pieces, write = [], console.write
+    monkeypatch.setattr(console, "write", lambda text: (pieces.append(text), write(text)))
     capsys.readouterr()
     sample = [f"--checkpoint={tmp_path / 'alone'}", "--sample_only", "--prompt=the",
               "--device=cpu", "--max_length=20"]  # fmt: skip

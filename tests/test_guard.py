@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 import train_pt
 import train_tf
-from algpt2 import errors, guard, options, report, tracker, training_pt, training_tf
+from algpt2 import guard, options, report, script, tracker, training_pt, training_tf
 from algpt2.checkpoints import Checkpoint
 from algpt2.errors import EXIT_NON_FINITE, EXIT_STOPPED, NonFiniteError
 from algpt2.guard import Hint, StepGuard
@@ -183,10 +183,10 @@ def test_a_bad_run_exits_with_one_line_that_names_the_last_checkpoint(flags, tmp
     train_pt.main(flags(max_minutes=1e-9))
     code = (
         "import math, sys, train_pt\n"
-        "from algpt2 import errors, training_pt\n"
+        "from algpt2 import script, training_pt\n"
         "whole = training_pt.mean_loss\n"
         "training_pt.mean_loss = lambda *a: whole(*a) * math.nan\n"
-        "errors.run_script(train_pt.main)\n"
+        "script.run_script(train_pt.main)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *flags()], cwd=ROOT, capture_output=True, text=True,
@@ -434,7 +434,7 @@ def test_a_run_with_skipped_steps_goes_on_in_the_other_framework(monkeypatch, so
 REMEMBER = """
 import math
 import numpy as np
-from algpt2 import errors, guard, {module}
+from algpt2 import guard, script, {module}
 trainers, init = [], {module}.Trainer.__post_init__
 def remember(trainer):
     trainers.append(trainer)
@@ -459,7 +459,7 @@ def main(argv):
     trainers.clear()  # what holds the process group at exit aborts there
     return code
 training_pt.mean_loss = bad
-errors.run_script(main)
+script.run_script(main)
 """
 POISONED_DEVICE = """
 import tensorflow as tf, train_tf
@@ -478,7 +478,7 @@ def main(argv):
         np.testing.assert_array_equal(first.numpy(), second.numpy())
     return code
 training_tf.mean_loss = bad
-errors.run_script(main)
+script.run_script(main)
 """
 SEVERAL = {
     "processes": ("training_pt", POISONED_PROCESS, {},
@@ -616,7 +616,7 @@ def test_a_wandb_that_hangs_holds_up_nothing(slow, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(tracker, "QUEUE_SIZE", 10)
     monkeypatch.setattr(report, "FINISH_S", 0.2)
     monkeypatch.setattr(report, "STOP_S", 0.1)
-    monkeypatch.setattr(errors, "_left", [])
+    monkeypatch.setattr(script, "_left", [])
     start_s = time.monotonic()
     assert write(tmp_path) < 0.2
     assert 0.1 < time.monotonic() - start_s < 2
@@ -625,7 +625,7 @@ def test_a_wandb_that_hangs_holds_up_nothing(slow, tmp_path, monkeypatch, capsys
     assert printed.count("W&B is 10 calls behind") == 1
     assert "did not finish in 0.2 s and is left behind" in printed
     assert "of 50 calls 40 were dropped, 0 failed" in printed
-    assert errors._left == [True]
+    assert script._left == [True]
     start_s = time.monotonic()
     for stopped in ({"n": 5}, {"stop": True}):  # before or behind its last step: less patience
         assert write(tmp_path, **stopped) < 0.2
@@ -637,10 +637,10 @@ def test_a_wandb_that_hangs_holds_up_nothing(slow, tmp_path, monkeypatch, capsys
 def test_a_hanging_library_does_not_keep_the_process(tmp_path):
     code = (
         "import atexit, time\n"
-        "from algpt2 import errors\n"
+        "from algpt2 import script\n"
         "atexit.register(time.sleep, 60)\n"
-        "errors.leave_threads()\n"
-        "errors.run_script(lambda argv: None)\n"
+        "script.leave_threads()\n"
+        "script.run_script(lambda argv: None)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30)
     assert done.returncode == 0

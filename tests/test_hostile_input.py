@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 import train_pt
-from algpt2 import runs, training_pt
-from algpt2.checkpoints import STATE_FILE, write_record
+from algpt2 import memory, training_pt
+from algpt2.checkpoints import STATE_FILE
 from algpt2.corpus import documents
 from algpt2.errors import UserError
+from algpt2.files import write_record
 from algpt2.options import ModelOptions, PackOptions, TrainOptions, parse
 from algpt2.tfrecords import read_manifest
 from algpt2.tokenization_algpt2 import load_tokenizer
@@ -225,17 +226,17 @@ def test_packing_refuses_absurd_numbers():
 
 
 def test_the_memory_of_a_model_is_counted_before_it_is_made(monkeypatch):
-    monkeypatch.setattr(runs, "memory_bytes", lambda: 10**6)
-    runs.check_memory(250_000)
+    monkeypatch.setattr(memory, "memory_bytes", lambda: 10**6)
+    memory.check_memory(250_000)
     with pytest.raises(UserError, match=r"250,001 parameters, 0\.0 GB"):
-        runs.check_memory(250_001)
+        memory.check_memory(250_001)
 
 
 def test_a_name_that_is_not_utf8_can_be_printed():
     import subprocess
     import sys
 
-    code = "from algpt2.errors import run_script\nrun_script(lambda argv: print('caf\\udce9'))"
+    code = "from algpt2.script import run_script\nrun_script(lambda argv: print('caf\\udce9'))"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT,
                              env=os.environ | {"PYTHONIOENCODING": "utf-8"})  # fmt: skip
     assert (process.returncode, process.stdout) == (0, b"caf\\udce9\n")

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from algpt2 import report
+from algpt2 import console, report
+from algpt2.console import Progress
 from algpt2.errors import UserError
 from algpt2.options import ReportOptions
-from algpt2.report import Progress, RunReport, open_run
+from algpt2.report import RunReport, open_run
 from algpt2.tracker import run_name
 
 RUN = {
@@ -121,7 +122,7 @@ def test_a_cluster_that_cannot_be_read_is_a_user_error(monkeypatch, config):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("TF_CONFIG", config)
     with pytest.raises(UserError, match=r"^TF_CONFIG is .*: expected JSON such as"):
-        report.process_index()
+        console.process_index()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 
 import train_pt
 import train_tf
-from algpt2 import errors, loop, training_pt, training_tf
+from algpt2 import loop, script, training_pt, training_tf
 from algpt2.errors import EXIT_STOPPED
 from algpt2.loop import StopRequest, check_cut
 
@@ -151,16 +151,16 @@ def test_a_worker_that_goes_outside_the_loop_is_no_traceback(monkeypatch, capsys
         raise training_tf.tf.errors.UnavailableError(None, None, "Connection reset")
 
     codes = []
-    monkeypatch.setattr(errors.os, "_exit", codes.append)
-    monkeypatch.setattr(errors, "_listen", lambda: None)  # pytest's handlers stay
-    errors.run_script(lambda argv: waits_for_the_other())
+    monkeypatch.setattr(script.os, "_exit", codes.append)
+    monkeypatch.setattr(script, "_listen", lambda: None)  # pytest's handlers stay
+    script.run_script(lambda argv: waits_for_the_other())
     assert codes == [EXIT_STOPPED]
     assert "gone (Connection reset): run the same command again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_where_nothing_listens_ends_the_command_at_once(number):
-    code = "from algpt2 import errors; errors.run_script(lambda argv: work())\n"
+    code = "from algpt2 import script; script.run_script(lambda argv: work())\n"
     # In a call of a C library (a lock that it has itself), where Python's handlers have to wait.
     lock = "ctypes.CDLL(None).pthread_mutex_lock(lock)"
     work = (

@@ -16,7 +16,7 @@ from helpers import as_flags, final_bytes, metrics
 from safetensors.numpy import load_file
 
 import train_tf
-from algpt2 import report, training_tf
+from algpt2 import console, training_tf
 from algpt2.configuration_algpt2 import ALGPT2Config
 from algpt2.errors import EXIT_STOPPED, UserError
 from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
@@ -222,15 +222,15 @@ def test_shards_of_longer_rows_than_the_model_are_not_evaluated(
 
 
 def test_one_sample_is_printed_as_it_comes(frameworks, monkeypatch, capsys):
-    pieces, write = [], report.write
-    monkeypatch.setattr(report, "write", lambda piece: (pieces.append(piece), write(piece)))
+    pieces, write = [], console.write
+    monkeypatch.setattr(console, "write", lambda piece: (pieces.append(piece), write(piece)))
     common = [f"--checkpoint={frameworks / 'pt-AdamW'}", "--device=cpu", "--sample_only"]
     train_tf.main([*common, "--prompt=the", "--n_samples=1", "--max_length=50"])
     printed = capsys.readouterr().out
     assert len(pieces) > 20
     assert f"--- sample 1 of 1\n{''.join(pieces)}\n" in printed
     # The first of two that draw alike, and not while it comes.
-    monkeypatch.setattr(report, "write", None)
+    monkeypatch.setattr(console, "write", None)
     train_tf.main([*common, "--prompt=the", "--n_samples=2", "--max_length=50", "--no_do_sample"])
     texts = capsys.readouterr().out.split("--- sample ")[1:]
     assert texts[0][6:].strip() == texts[1][6:].strip()

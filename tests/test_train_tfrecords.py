@@ -411,9 +411,9 @@ def test_a_worker_that_waits_for_another_says_so_and_can_be_stopped(monkeypatch)
     ports = free_ports(2)
     worker_of(monkeypatch, 1, ports)
     code = """
-from algpt2 import errors, tpu
+from algpt2 import script, tpu
 tpu.PATIENCE_SECONDS = 0
-errors.run_script(lambda _: tpu.meet_workers())
+script.run_script(lambda _: tpu.meet_workers())
 """
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True

@@ -124,7 +124,7 @@ def mutate_json_text(text: bytes, draw: random.Random, sign: bool = False) -> by
         return mutate_bytes(text, draw)
     value = mutate_json(json.loads(text), draw)
     if sign and isinstance(value, dict) and draw.random() < 0.9:
-        from algpt2.checkpoints import content_sha256
+        from algpt2.files import content_sha256
 
         value.pop("sha256", None)
         with contextlib.suppress(ValueError):
@@ -316,7 +316,8 @@ class Fuzzer:
         return lambda: training_pt.build_model(options, self.sound_tokenizer, 16)
 
     def optimizer(self, draw: random.Random) -> Read:
-        from algpt2.checkpoints import CHECKSUM, describe_file, read_checkpoint, write_record
+        from algpt2.checkpoints import read_checkpoint
+        from algpt2.files import CHECKSUM, describe_file, write_record
 
         path, marker = self.checkpoint / "optimizer.safetensors", self.checkpoint / STATE_FILE
         self.put(path, self._other_tensors(path, draw))
