@@ -108,7 +108,7 @@ def check_command(flags: TFRecordOptions) -> Slice:
     """
     tpu = parse_slice(str(flags.dry_run))
     if not flags.find_batch:
-        tpu.rows_per_core(flags.batch_size)
+        tpu.rows_per_core(flags.optim.batch_size)
     check_requirements()
     return tpu
 

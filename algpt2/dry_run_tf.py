@@ -9,8 +9,8 @@ from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from .dry_run import DryRun, Slice
 from .errors import UserError
 from .input_tf import find_shards
-from .modeling_tf_algpt2 import LOSS_ROWS
-from .options import TFRecordOptions, TFTrainOptions
+from .kernels_tf_algpt2 import LOSS_ROWS
+from .options import RowOptions, TFRecordOptions, TFTrainOptions
 from .runs import check_rows_fit, source_config
 from .training_tf import build_model, build_optimizer, build_step
 
@@ -25,7 +25,7 @@ def run(flags: TFRecordOptions, tpu: Slice) -> None:
     if flags.find_batch:
         trial.find_batch()
     else:
-        trial.check(tpu.rows_per_core(flags.batch_size))
+        trial.check(tpu.rows_per_core(flags.optim.batch_size))
 
 
 def prepare(flags: TFRecordOptions, tpu: Slice) -> DryRun:
@@ -36,21 +36,21 @@ def prepare(flags: TFRecordOptions, tpu: Slice) -> DryRun:
     """
     options = flags.train_options()
     config = source_config(options.model)
-    seq_len = _seq_len(flags, config)
+    seq_len = _seq_len(flags.data, config)
     check_rows_fit(seq_len, config)
     program = StepProgram(options, seq_len, tpu.n_cores)
     flops = program.model.config.flops_per_token(seq_len) * seq_len
     return DryRun(tpu, program, seq_len, flops)
 
 
-def _seq_len(flags: TFRecordOptions, config: dict[str, Any]) -> int:
+def _seq_len(data: RowOptions, config: dict[str, Any]) -> int:
     """`--seq_len`; without it the shards' seq_len; without shards the model's context."""
-    if flags.seq_len:
-        return flags.seq_len
+    if data.seq_len:
+        return data.seq_len
     try:
-        return find_shards("--train_path", flags.train_path).manifest.seq_len
+        return find_shards("--train_path", data.train_path).manifest.seq_len
     except UserError:
-        if flags.train_path != TFRecordOptions.train_path:
+        if data.train_path != RowOptions.train_path:
             raise
         return config["n_positions"]
 

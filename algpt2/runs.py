@@ -18,11 +18,11 @@ from .checkpoints import checkpoint_folders, find_checkpoint
 from .console import log, table
 from .corpus import cache_dir, describe_sources
 from .errors import EXIT_STOPPED, UserError, describe
-from .evaluation import TextTotals
 from .options import DEFAULT_TOKENIZER, DataOptions, ModelOptions, OptimOptions, TrainOptions
 from .packing import pack
 from .remote import local_folder
 from .report import METRICS_FILE, environment, read_json_lines
+from .scoring import TextTotals
 from .start import find_config_folder
 from .tfrecords import (
     FORMAT_VERSION,

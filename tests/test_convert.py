@@ -113,9 +113,9 @@ def test_weights_of_the_original_and_of_gpt2_itself_are_exported(save, tmp_path)
     export_gpt2.main([str(weights.parent), str(tmp_path / "out")])
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-4)
-    export_gpt2.main([str(tmp_path / "out"), str(tmp_path / "again")])
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert torch.equal(logits(again), logits(stock))
+    export_gpt2.main([str(tmp_path / "out"), str(tmp_path / "twice")])
+    exported_twice = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
+    assert torch.equal(logits(exported_twice), logits(stock))
 
 
 def test_what_is_in_the_way_of_an_export_stays(save, tmp_path):
@@ -231,10 +231,10 @@ def test_blocks_are_averaged_or_selected(save):
     ("source", "target", "message"),
     [
         ({}, {"n_head": 4}, "n_head 2 and 4"),
-        ({}, {"n_positions": 32}, "n_positions 24 and 32"),
+        ({}, {"n_positions": 32}, "24 positions, --config needs 32"),
         ({"vocab_size": 310}, {}, "vocab_size 310 and 300"),
         ({"n_inner": 32}, {}, "n_inner 32 and 64"),
-        ({"tie_word_embeddings": False}, {"embedding_size": 16}, "not its token table"),
+        ({"tie_word_embeddings": False}, {"embedding_size": 16}, "a head of its own"),
     ],
 )
 def test_models_that_do_not_fit_are_refused(save, source, target, message):

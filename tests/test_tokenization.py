@@ -247,9 +247,9 @@ def test_special_tokens_that_a_tokenizer_json_would_add_are_not_added(folder, tm
 
 def test_the_fingerprint_tells_tokenizers_apart(folder, tmp_path):
     save(train(make_texts(seed=9), vocab_size=400, control_codes=CODES), tmp_path / "other")
-    one, other = load_tokenizer(str(folder)), load_tokenizer(str(tmp_path / "other"))
-    assert len(one.fingerprint) == 64 and one.fingerprint != other.fingerprint
-    assert one.fingerprint == load_tokenizer(str(folder)).fingerprint
+    first, second = load_tokenizer(str(folder)), load_tokenizer(str(tmp_path / "other"))
+    assert len(first.fingerprint) == 64 and first.fingerprint != second.fingerprint
+    assert first.fingerprint == load_tokenizer(str(folder)).fingerprint
 
 
 def test_saving_never_replaces_another_tokenizer_unasked(trained, tmp_path):

@@ -29,8 +29,9 @@ def test_a_run_leaves_these_files_and_repeating_it_says_done(flags, tmp_path, ca
     ]  # fmt: skip
     assert sorted(p.name for p in (run / "checkpoint-00000006").iterdir()) == [
         "README.md", "config.json", "configuration_algpt2.py", "generation_config.json",
-        "merges.txt", "model.safetensors", "modeling_algpt2.py", "optimizer.safetensors",
-        "tokenizer.json", "tokenizer_config.json", "training_state.json", "vocab.json",
+        "kernels_algpt2.py", "merges.txt", "model.safetensors", "modeling_algpt2.py",
+        "optimizer.safetensors", "tokenizer.json", "tokenizer_config.json", "training_state.json",
+        "vocab.json",
     ]  # fmt: skip
     assert metrics(run, "step", "tokens") == [[step, step * 64] for step in range(1, 7)]
     assert all(loss and lr is not None for loss, lr in metrics(run, "loss", "lr"))

@@ -451,7 +451,7 @@ class Fuzzer:
     # Evaluation and the command line.
 
     def evaluation(self, draw: random.Random) -> Read:
-        from algpt2.evaluation_sets import ResultFiles
+        from algpt2.results import ResultFiles
 
         path = self.folder / "run/evaluation.json"
         if path not in self.files:
