@@ -5,6 +5,18 @@ from types import SimpleNamespace
 
 import numpy as np
 
+# Of six steps with a checkpoint at 3 and 6, and samples.
+RUN_FILES = [
+    ".lock", "checkpoint-00000003", "checkpoint-00000006", "metrics.jsonl", "run.json",
+    "samples.jsonl",
+]  # fmt: skip
+CHECKPOINT_FILES = [
+    "README.md", "config.json", "configuration_algpt2.py", "generation_config.json",
+    "kernels_algpt2.py", "merges.txt", "model.safetensors", "modeling_algpt2.py",
+    "optimizer.safetensors", "tokenizer.json", "tokenizer_config.json", "training_state.json",
+    "vocab.json",
+]  # fmt: skip
+
 
 class Rows:
     """Rows in memory, tokens (n, seq_len + 1), and of the manifest what a trainer reads."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import final_bytes, metrics
+from helpers import CHECKPOINT_FILES, RUN_FILES, final_bytes, metrics
 
 import train_pt
 from algpt2.errors import EXIT_STOPPED, UserError
@@ -23,16 +23,8 @@ ROOT = Path(train_pt.__file__).parent
 def test_a_run_leaves_these_files_and_repeating_it_says_done(flags, tmp_path, capsys):
     assert train_pt.main(flags(sample_steps=3, max_length=8)) is None
     run = tmp_path / "run"
-    assert sorted(p.name for p in run.iterdir()) == [
-        ".lock", "checkpoint-00000003", "checkpoint-00000006", "metrics.jsonl", "run.json",
-        "samples.jsonl",
-    ]  # fmt: skip
-    assert sorted(p.name for p in (run / "checkpoint-00000006").iterdir()) == [
-        "README.md", "config.json", "configuration_algpt2.py", "generation_config.json",
-        "kernels_algpt2.py", "merges.txt", "model.safetensors", "modeling_algpt2.py",
-        "optimizer.safetensors", "tokenizer.json", "tokenizer_config.json", "training_state.json",
-        "vocab.json",
-    ]  # fmt: skip
+    assert sorted(p.name for p in run.iterdir()) == RUN_FILES
+    assert sorted(p.name for p in (run / "checkpoint-00000006").iterdir()) == CHECKPOINT_FILES
     assert metrics(run, "step", "tokens") == [[step, step * 64] for step in range(1, 7)]
     assert all(loss and lr is not None for loss, lr in metrics(run, "loss", "lr"))
     evaluated = [step for step, bpb in metrics(run, "step", "val_bpb") if bpb]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import as_flags, final_bytes, metrics
+from helpers import CHECKPOINT_FILES, RUN_FILES, as_flags, final_bytes, metrics
 from safetensors.numpy import load_file
 
 import train_tf
@@ -152,16 +152,8 @@ def test_greedy_tokens_are_those_of_pytorch_past_the_context_too(frameworks, tmp
 def test_a_run_leaves_these_files_and_repeating_it_says_done(flags, tmp_path, capsys):
     assert train_tf.main(flags(sample_steps=3, max_length=8)) is None
     run = tmp_path / "run"
-    assert sorted(p.name for p in run.iterdir()) == [
-        ".lock", "checkpoint-00000003", "checkpoint-00000006", "metrics.jsonl", "run.json",
-        "samples.jsonl",
-    ]  # fmt: skip
-    assert sorted(p.name for p in (run / "checkpoint-00000006").iterdir()) == [
-        "README.md", "config.json", "configuration_algpt2.py", "generation_config.json",
-        "kernels_algpt2.py", "merges.txt", "model.safetensors", "modeling_algpt2.py",
-        "optimizer.safetensors", "tokenizer.json", "tokenizer_config.json", "training_state.json",
-        "vocab.json",
-    ]  # fmt: skip
+    assert sorted(p.name for p in run.iterdir()) == RUN_FILES
+    assert sorted(p.name for p in (run / "checkpoint-00000006").iterdir()) == CHECKPOINT_FILES
     assert metrics(run, "step", "tokens") == [[step, step * 64] for step in range(1, 7)]
     assert [step for step, bpb in metrics(run, "step", "val_bpb") if bpb] == [3, 6]
     before = final_bytes(run)
