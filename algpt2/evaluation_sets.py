@@ -20,8 +20,8 @@ import numpy as np
 
 from . import model_card
 from .console import Progress, is_main_process, log, table
-from .corpus import CorpusReport, documents
 from .detokenizers import DETOKENIZERS
+from .documents import documents
 from .errors import UserError
 from .evaluation import (
     MinimalPair,
@@ -36,6 +36,7 @@ from .evaluation import (
 )
 from .files import json_text, write_text
 from .options import TrainOptions
+from .parts import CorpusCounts, Reading
 from .runs import check_detokenizer, choose_seq_len, open_or_pack, source_folder, text_totals
 from .runs import fingerprint as manifest_fingerprint
 from .tfrecords import MANIFEST_FILE, Manifest, PackedRows, open_rows, read_manifest
@@ -308,18 +309,16 @@ class Evaluator:
         )  # fmt: skip
 
     def _text(self, one: EvalSet, change: Callable[[str], str], tick: Tick) -> Scored:
-        report = CorpusReport()
+        counts, reading = CorpusCounts(), Reading(self.options.data.text_key)
 
         def streams() -> Iterator[np.ndarray]:
-            for text in documents(
-                str(one.paths[0]), text_key=self.options.data.text_key, report=report
-            ):
+            for text in documents(str(one.paths[0]), reading, counts=counts):
                 (ids,) = self.tokenizer.encode_batch([change(text)])
                 yield np.array([self.tokenizer.eot_id, *ids], self.tokenizer.dtype)
 
         nats, n_tokens = text_nats(self.model, streams(), self.stride, tick)
-        totals = TextTotals(n_tokens, report.words + report.line_ends, report.text_bytes)
-        texts = documents(str(one.paths[0]), text_key=self.options.data.text_key)
+        totals = TextTotals(n_tokens, counts.words + counts.line_ends, counts.text_bytes)
+        texts = documents(str(one.paths[0]), reading)
         return self._text_measures(nats, n_tokens, totals, map(change, texts))
 
     def _shards(self, one: EvalSet, change: Callable[[str], str], tick: Tick) -> Scored:

@@ -150,7 +150,7 @@ class PackOptions:
     files_per_tfrecord: int = 500_000  # documents per shard; shards hold equal numbers of rows
     n_shards: int | None = None  # so many shards (for a pod: a multiple of its hosts)
     use_control_codes: bool = True  # each document starts with the first control code
-    control_codes: tuple[str, ...] = ("<|endoftext|>",)  # the tokenizer must have them all
+    control_codes: tuple[str, ...] | None = ("<|endoftext|>",)  # the tokenizer must have them all
     n_examples: int | None = None  # write at most this many rows
     min_seq_len: bool = True  # short documents are joined, no row is padded: there is no other way
     line_by_line: bool = False  # each line is a document

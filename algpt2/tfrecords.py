@@ -131,7 +131,7 @@ class Manifest:
     vocab_size: int
     eot_id: int
     tokenizer_sha256: str  # fingerprint of the tokenizer
-    sources: list  # what identifies the text: corpus.describe_sources
+    sources: list  # what identifies the text: listing.identify_sources
     options: dict  # what else decides the bytes of the shards
     shards: tuple[Shard, ...]
     documents: int
@@ -155,6 +155,27 @@ class Manifest:
         texts = self.options.get("joined", [self.options])
         names = sorted({str(options.get("detokenizer") or "no") for options in texts})
         return None if names == ["no"] else " and ".join(names)
+
+    def __str__(self) -> str:
+        """One line for people: what the folder holds, and what is not in its rows."""
+        n_shards, bytes_per_token = len(self.shards), self.text_bytes / self.tokens
+        parts = [
+            f"{self.documents:,} documents, {self.text_bytes:,} bytes",
+            f"{self.words:,} words",
+            f"{self.tokens:,} tokens ({bytes_per_token:.2f} bytes per token)",
+            f"{self.n_rows:,} rows of {self.seq_len} tokens",
+            f"{n_shards:,} shards of {self.shards[0].rows:,} rows" if n_shards > 1 else "1 shard",
+            f"{self.left_over_tokens:,} tokens left over",
+        ]
+        if self.duplicates:
+            parts.insert(1, f"{self.duplicates:,} copies left out")
+        if self.dropped_rows:
+            limit = self.options.get("n_examples")
+            reason = "that do not divide by the shards" + (
+                f" or --n_examples {limit} cut" if limit else ""
+            )
+            parts.append(f"{self.dropped_rows:,} rows dropped {reason}")
+        return ", ".join(parts)
 
 
 # Where zero or a very large number cannot be meant; any other number is from 0 to 2**62.

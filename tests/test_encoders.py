@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from algpt2 import encoders
-from algpt2.corpus import documents
+from algpt2.documents import documents
 from algpt2.encoders import FastEncoder, build_encoder, choose_encoder
 from algpt2.tokenization_algpt2 import TextTokenizer, load_tokenizer
 
