@@ -545,8 +545,8 @@ def _has_plan(job: Job) -> bool:
     return False
 
 
-def _open_work(job: Job) -> None:
-    """Write the plan: from here on the same command continues."""
+def _open_work(job: Job, *, overwrite: bool = False) -> None:
+    """Write the plan, at a URL unless it is there: from here on the same command continues."""
     try:
         if job.work.is_symlink():
             raise UserError(f"{job.work} is a link: expected a folder; remove the link")
@@ -554,7 +554,7 @@ def _open_work(job: Job) -> None:
         write_record(job.work / PLAN_FILE, job.plan)
     except OSError as error:
         raise UserError(f"cannot write to --save_path {job.folder} ({describe(error)})") from None
-    if job.home is not None:
+    if job.home is not None and (overwrite or not (job.home / PLAN_NAME).is_file()):
         (job.home / PLAN_NAME).put(job.work / PLAN_FILE)
     _remove_partial(job.folder)  # of a killed command
 
@@ -580,7 +580,7 @@ def _remove_packing(job: Job) -> None:
     if PLAN_NAME in files or any(_in(name, MANIFEST_FILE) in files for name in ("", *SPLITS)):
         # The new plan first: if this is killed in between, the folder is still known as ours.
         shutil.rmtree(job.work, ignore_errors=True)
-        _open_work(job)
+        _open_work(job, overwrite=True)
         _remove_outputs(job.place)
 
 
