@@ -18,7 +18,7 @@ from algpt2.script import run_script
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Train, evaluate or sample as the options say; returns the exit code."""
-    options = parse(TrainOptions, argv)
+    options = parse(TrainOptions, argv, __doc__)
     if options.eval_only:
         return evaluate_only(options)
     if options.sample_only:
@@ -66,21 +66,22 @@ def train(options: TrainOptions) -> int | None:
 
 def evaluate_only(options: TrainOptions) -> None:
     """Print and save one table of what a checkpoint scores on --val_path or --eval_sets."""
-    from algpt2 import evaluation_sets, model_card, runs, training_pt
-    from algpt2.evaluation_pt import evaluation_model
+    from algpt2 import model_card, results, runs, sets, training_pt
+    from algpt2.scoring_pt import evaluation_model
 
     processes = training_pt.start_processes(options)
     model_card.check_hub(options.report.push_to_hub)
     tokenizer = runs.choose_tokenizer(options.data, options.model, trains=False)
-    results = evaluation_sets.ResultFiles(runs.result_folder(options.model))
+    result_files = results.ResultFiles(runs.result_folder(options.model))
     with processes.main_first():
-        seq_len, sets = evaluation_sets.choose_sets(options, tokenizer)
+        seq_len, eval_sets = sets.choose_sets(options, tokenizer)
     model = training_pt.build_model(options.model, tokenizer, seq_len).to(processes.device)
-    evaluator = evaluation_sets.Evaluator(
+    evaluator = sets.Evaluator(
         evaluation_model(model, processes, seq_len, options.optim.batch_size),
         tokenizer, options, precision=str(processes.dtype).removeprefix("torch."),
     )  # fmt: skip
-    evaluation_sets.evaluate_all(evaluator, sets, results, options)
+    evaluator.evaluate_all(eval_sets, result_files)
+    model_card.publish_evaluation(runs.source_folder(options.model), options.report)
 
 
 def sample_only(options: TrainOptions) -> None:

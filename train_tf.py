@@ -19,7 +19,7 @@ from algpt2.script import import_tensorflow, run_script
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Train, evaluate or sample as the options say; returns the exit code."""
-    options = parse(TFTrainOptions, argv)
+    options = parse(TFTrainOptions, argv, __doc__)
     import_tensorflow()
     if options.eval_only:
         return evaluate_only(options)
@@ -69,20 +69,21 @@ def train(options: TFTrainOptions) -> int | None:
 
 def evaluate_only(options: TFTrainOptions) -> None:
     """Print and save one table of what a checkpoint scores on --val_path or --eval_sets."""
-    from algpt2 import evaluation_sets, model_card, runs, training_tf
-    from algpt2.evaluation_tf import evaluation_model
+    from algpt2 import model_card, results, runs, sets, training_tf
+    from algpt2.scoring_tf import evaluation_model
 
     processes = training_tf.start_processes(options)
     model_card.check_hub(options.report.push_to_hub)
     tokenizer = runs.choose_tokenizer(options.data, options.model, trains=False)
-    results = evaluation_sets.ResultFiles(runs.result_folder(options.model))
-    seq_len, sets = evaluation_sets.choose_sets(options, tokenizer)
+    result_files = results.ResultFiles(runs.result_folder(options.model))
+    seq_len, eval_sets = sets.choose_sets(options, tokenizer)
     model = training_tf.build_model(options.model, tokenizer, seq_len, processes.dtype)
-    evaluator = evaluation_sets.Evaluator(
+    evaluator = sets.Evaluator(
         evaluation_model(model, seq_len, options.optim.batch_size),
         tokenizer, options, precision=str(processes.dtype),
     )  # fmt: skip
-    evaluation_sets.evaluate_all(evaluator, sets, results, options)
+    evaluator.evaluate_all(eval_sets, result_files)
+    model_card.publish_evaluation(runs.source_folder(options.model), options.report)
 
 
 def sample_only(options: TFTrainOptions) -> None:

@@ -21,11 +21,14 @@ from algpt2.script import import_tensorflow, run_script
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Train or evaluate as the options say; returns the exit code."""
-    options = parse(TFRecordOptions, argv)
+    options = parse(TFRecordOptions, argv, __doc__)
     if options.dry_run:
         from algpt2 import dry_run
 
-        return dry_run.run(options)
+        tpu = dry_run.check_command(options)  # before TensorFlow is imported
+        from algpt2 import dry_run_tf
+
+        return dry_run_tf.run(options, tpu)
     import_tensorflow()
     return evaluate_only(options) if options.eval_only else train(options)
 
@@ -37,18 +40,19 @@ def train(flags: TFRecordOptions) -> int | None:
     # 1. Devices, and shards that fit them and the model
     options = flags.train_options()
     processes = training_tf.start_processes(options, flags.tpu)
-    config, exact = runs.source_config(options.model), not flags.checkpoint
-    shards = input_tf.find_shards("--train_path", flags.train_path)
-    val_shards = input_tf.find_shards("--val_path", flags.val_path)
+    config, exact = runs.source_config(options.model), not options.model.checkpoint
+    data = options.data
+    shards = input_tf.find_shards("--train_path", data.train_path)
+    val_shards = input_tf.find_shards("--val_path", data.val_path)
     n_hosts = processes.n_hosts
-    input_tf.check_shards("--train_path", shards, n_hosts, flags.seq_len, config, exact)
-    input_tf.check_shards("--val_path", val_shards, 1, flags.seq_len, config, exact)
+    input_tf.check_shards("--train_path", shards, n_hosts, data.seq_len, config, exact)
+    input_tf.check_shards("--val_path", val_shards, 1, data.seq_len, config, exact)
     tokenizer = runs.tokenizer_of(options, shards.manifest)
     inputs = input_tf.ShardInputs(shards, options, processes)
     val_rows = input_tf.FileRows(val_shards)
 
     # 2. The run: new, or the continuation of the one in save_dir
-    n_rows = flags.train_len or shards.manifest.n_rows
+    n_rows = flags.optim.train_len or shards.manifest.n_rows
     if n_rows != shards.manifest.n_rows:
         console.log(f"--train_len {n_rows:,}: the shards hold {shards.manifest.n_rows:,} rows")
     n_steps = runs.count_steps(options.optim, n_rows, inputs.seq_len)
@@ -77,22 +81,24 @@ def train(flags: TFRecordOptions) -> int | None:
 
 def evaluate_only(flags: TFRecordOptions) -> None:
     """Print and save one table of loss, perplexities and bits per byte of a checkpoint."""
-    from algpt2 import console, evaluation_sets, input_tf, runs, training_tf
+    from algpt2 import console, input_tf, model_card, results, runs, sets, training_tf
 
     options = flags.train_options()
-    results = evaluation_sets.ResultFiles(runs.result_folder(options.model))
+    result_files = results.ResultFiles(runs.result_folder(options.model))
     processes = training_tf.start_processes(options, flags.tpu)
-    shards = input_tf.find_shards("--val_path", flags.val_path)
+    shards = input_tf.find_shards("--val_path", options.data.val_path)
     with processes.strategy.scope():
         model = training_tf.build_model(options.model, None, None, processes.dtype)
-    input_tf.check_shards("--val_path", shards, 1, flags.seq_len, model.config.to_dict(), False)
+    seq_len, config = options.data.seq_len, model.config.to_dict()
+    input_tf.check_shards("--val_path", shards, 1, seq_len, config, False)
     rows = input_tf.FileRows(shards)
     with console.Progress("evaluate", total=len(rows), unit="row") as progress:
         batch_size = options.optim.batch_size
         loss = training_tf.evaluate(model, rows, processes, batch_size, tick=progress.update)
-    one = evaluation_sets.evaluation_of_rows(options, rows.manifest, loss, str(processes.dtype))
-    results.add(one)
-    evaluation_sets.publish([one], results, options)
+    evaluation = sets.evaluation_of_rows(options, rows.manifest, loss, str(processes.dtype))
+    result_files.add(evaluation)
+    result_files.show([evaluation])
+    model_card.publish_evaluation(runs.source_folder(options.model), options.report)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from .checkpoints import newest_checkpoint
 from .console import log
 from .guard import StepGuard
 from .options import OptimOptions, TrainOptions, seconds_since_start
@@ -243,6 +244,12 @@ def step_lr_factor(step: int, optim: OptimOptions, n_steps: int) -> float:
         step, schedule=optim.lr_schedule, n_steps=n_steps, warmup_steps=optim.warmup_steps,
         min_lr_ratio=optim.min_lr_ratio, decay_ratio=optim.decay_ratio,
     )  # fmt: skip
+
+
+def last_checkpoint(save_dir: str) -> str:
+    """A clause for error messages: from which checkpoint a stopped run can go on."""
+    checkpoint = newest_checkpoint(local_folder(save_dir), log)
+    return f"the last good checkpoint is {checkpoint.folder}" if checkpoint else "no checkpoint yet"
 
 
 def check_cut(cut: Any, step: int) -> Metrics | None:

@@ -34,7 +34,8 @@ except ImportError:  # Windows
 
 METRICS_FILE, SAMPLES_FILE = LINE_FILES
 RUN_FILE, LOCK_FILE = "run.json", ".lock"
-FILES_OF_RUN = {*LINE_FILES, RUN_FILE, LOCK_FILE, "evaluation.json", "evaluation.md"}
+EVALUATION_FILES = "evaluation.json", "evaluation.md"  # which results.py reads and writes
+FILES_OF_RUN = {*LINE_FILES, RUN_FILE, LOCK_FILE, *EVALUATION_FILES}
 
 
 # --- the folder of a run -------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from . import mirror, model_card
 from .checkpoints import checkpoint_folders, find_checkpoint
 from .console import log, table
 from .errors import EXIT_STOPPED, UserError, describe
-from .evaluation import TextTotals
 from .files import cache_dir
 from .listing import identify_sources
 from .options import (
@@ -31,6 +30,7 @@ from .options import (
 from .packing import pack
 from .remote import local_folder
 from .report import METRICS_FILE, environment, read_json_lines
+from .scoring import TextTotals
 from .start import find_config_folder
 from .tfrecords import (
     FORMAT_VERSION,

@@ -28,7 +28,6 @@ from .configuration_algpt2 import MAX_LAYERS, ALGPT2Config
 from .console import torchrun_number, torchrun_process
 from .convert_pt import start_model
 from .errors import UserError, describe
-from .evaluation import text_metrics
 from .guard import Hint, StepGuard, check_finite
 from .loop import (
     Hooks,
@@ -36,6 +35,7 @@ from .loop import (
     StopRequest,
     check_cut,
     check_stop,
+    last_checkpoint,
     run_loop,
     step_lr_factor,
 )
@@ -47,6 +47,7 @@ from .remote import local_folder
 from .report import RunReport
 from .runs import check_model_fits, peak_lr, source_folder, text_totals
 from .sampling_pt import sample_texts
+from .scoring import text_metrics
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer
 
@@ -448,7 +449,9 @@ class Trainer:
             for i in micro_steps
         ]
         is_low = self.processes.dtype != torch.float32
-        return Hint(self.options.report.save_dir, np.concatenate(ids).tolist(), is_low)
+        return Hint(
+            last_checkpoint(self.options.report.save_dir), np.concatenate(ids).tolist(), is_low
+        )
 
 
 def build_trainer(
@@ -491,8 +494,8 @@ def train_step(trainer: Trainer) -> tuple[float, float]:
     if overflow and scaler.get_scale() >= MIN_LOSS_SCALE:
         updates = False
     else:
-        updates = trainer.guard.accepts(loss, norm)
-        trainer.guard.note(trainer.step + 1, loss, norm, updates, trainer.hint)
+        updates = trainer.guard.allows(loss, norm)
+        trainer.guard.record(trainer.step + 1, loss, norm, updates, trainer.hint)
     if updates:
         trainer.optimizers.set_lr(step_lr_factor(trainer.step, options, trainer.n_steps))
         trainer.optimizers.step(scaler)
@@ -590,7 +593,7 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer, state: dict[str, Any]
     tensors = trainer.optimizers.state_tensors()
     everything = {**dict(trainer.model.named_parameters()), **tensors}
     bad = [name for name, tensor in everything.items() if not torch.isfinite(tensor).all()]
-    check_finite(bad, trainer.step, trainer.options.report.save_dir)
+    check_finite(bad, trainer.step, trainer.hint)
 
     def fill(folder: Path) -> None:
         trainer.model.save_pretrained(folder)

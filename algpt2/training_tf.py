@@ -29,25 +29,27 @@ from .checkpoints import (
 )
 from .console import log, process_index
 from .errors import PeerGoneError, UserError, describe
-from .evaluation import text_metrics
 from .guard import MIN_STEPS, Hint, StepGuard, check_finite
+from .kernels_tf_algpt2 import LOSS_ROWS_CPU
 from .loop import (
     Hooks,
     Metrics,
     StopRequest,
     check_cut,
     check_stop,
+    last_checkpoint,
     run_loop,
     step_lr_factor,
 )
 from .memory import check_memory, keep_freed_memory, memory_bytes
 from .mirror import checkpoint_here, copy_or_warn
-from .modeling_tf_algpt2 import LOSS_ROWS_CPU, TFALGPT2LMHeadModel
+from .modeling_tf_algpt2 import TFALGPT2LMHeadModel
 from .options import ModelOptions, OptimOptions, TFTrainOptions
 from .remote import local_folder
 from .report import RunReport
 from .runs import check_model_fits, peak_lr, source_folder, text_totals
 from .sampling_tf import sample_texts
+from .scoring import text_metrics
 from .tfrecords import PackedRows
 from .tokenization_algpt2 import TextTokenizer
 from .tpu import build_strategy
@@ -521,7 +523,9 @@ class Trainer:
     def hint(self) -> Hint:
         """What to say if the coming step is bad."""
         is_low = self.processes.dtype != "float32"
-        return Hint(self.options.report.save_dir, self.inputs.row_ids(self.step), is_low)
+        return Hint(
+            last_checkpoint(self.options.report.save_dir), self.inputs.row_ids(self.step), is_low
+        )
 
 
 def _build_run(
@@ -669,7 +673,7 @@ def train_steps(trainer: Trainer, n: int) -> tuple[float, float]:
         numbers = (offset, lrs, seeds, guard.window(), guard.in_row)
         results = trainer.run_steps(tokens, *map(tf.constant, numbers))
         for loss, norm, ok in results.numpy().tolist():
-            guard.note(trainer.step + 1, loss, norm, bool(ok), trainer.hint)
+            guard.record(trainer.step + 1, loss, norm, bool(ok), trainer.hint)
             trainer.step += 1
     return loss, norm
 
@@ -765,7 +769,7 @@ def save_state(trainer: Trainer, tokenizer: TextTokenizer | None, state: dict[st
     tensors = state_tensors(trainer.model, trainer.optimizer)
     everything = {n: v.numpy() for n, v in trainer.model.named_parameters().items()} | tensors
     bad = [name for name, array in everything.items() if not np.isfinite(array).all()]
-    check_finite(bad, trainer.step, trainer.options.report.save_dir)
+    check_finite(bad, trainer.step, trainer.hint)
 
     def fill(folder: Path) -> None:
         trainer.model.save_pretrained(folder)
