@@ -184,7 +184,7 @@ class ShardOptions:
     files_per_tfrecord: int = 500_000  # documents per shard; shards hold equal numbers of rows
     n_shards: Unset[int] = None  # multiple of a pod's hosts (default: by files_per_tfrecord)
     use_control_codes: bool = True  # start each document with the first control code
-    control_codes: tuple[str, ...] = ("<|endoftext|>",)  # the tokenizer must have them all
+    control_codes: tuple[str, ...] | None = ("<|endoftext|>",)  # the tokenizer must have them all
     n_examples: Unset[int] = None  # rows to write at most (default: all)
     min_seq_len: bool = True  # join short documents, so that no row is padded: always on
 

@@ -16,9 +16,17 @@ import numpy as np
 from . import mirror, model_card
 from .checkpoints import checkpoint_folders, find_checkpoint
 from .console import log, table
-from .corpus import cache_dir, describe_sources
 from .errors import EXIT_STOPPED, UserError, describe
-from .options import DEFAULT_TOKENIZER, DataOptions, ModelOptions, OptimOptions, TrainOptions
+from .files import cache_dir
+from .listing import identify_sources
+from .options import (
+    DEFAULT_TOKENIZER,
+    DataOptions,
+    ModelOptions,
+    OptimOptions,
+    PackOptions,
+    TrainOptions,
+)
 from .packing import pack
 from .remote import local_folder
 from .report import METRICS_FILE, environment, read_json_lines
@@ -194,7 +202,7 @@ def pack_into_cache(
 ) -> Path:
     """Pack text as make_tfrecords.py does, once per text, tokenizer and options."""
     key = {
-        "sources": describe_sources(paths), "tokenizer": tokenizer.fingerprint, "seq_len": seq_len,
+        "sources": identify_sources(paths), "tokenizer": tokenizer.fingerprint, "seq_len": seq_len,
         "use_control_codes": data.use_control_codes, "line_by_line": data.line_by_line,
         "text_key": data.text_key, "format_version": FORMAT_VERSION,
     }  # fmt: skip
@@ -206,11 +214,12 @@ def pack_into_cache(
     folder = cache_dir() / f"packed-{digest}"
     if not (folder / MANIFEST_FILE).is_file():
         log(f"packing {' '.join(paths)} into {folder}")
-    pack(
-        paths, tokenizer, folder, seq_len=seq_len, use_control_codes=data.use_control_codes,
+    options = PackOptions(
+        tuple(paths), str(folder), seq_len=seq_len, use_control_codes=data.use_control_codes,
         line_by_line=data.line_by_line, text_key=data.text_key, control_codes=data.control_codes,
         detokenizer=data.detokenizer,
     )  # fmt: skip
+    pack(options, tokenizer)
     return folder
 
 

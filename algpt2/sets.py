@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from .console import Progress, log
-from .corpus import CorpusReport, documents
 from .detokenizers import DETOKENIZERS
+from .documents import documents
 from .errors import UserError
 from .options import TrainOptions
+from .parts import CorpusCounts, Reading
 from .results import Evaluation, Measure, ResultFiles, public_names
 from .runs import check_detokenizer, choose_seq_len, open_or_pack, source_folder, text_totals
 from .runs import fingerprint as manifest_fingerprint
@@ -279,16 +280,17 @@ class Evaluator:
         )  # fmt: skip
 
     def _score_text(self, eval_set: EvalSet, change: Callable[[str], str], tick: Tick) -> Score:
-        path, text_key, report = str(eval_set.paths[0]), self.options.data.text_key, CorpusReport()
+        path, counts = str(eval_set.paths[0]), CorpusCounts()
+        reading = Reading(self.options.data.text_key)
 
         def streams() -> Iterator[np.ndarray]:
-            for text in documents(path, text_key=text_key, report=report):
+            for text in documents(path, reading, counts=counts):
                 (ids,) = self.tokenizer.encode_batch([change(text)])
                 yield np.array([self.tokenizer.eot_id, *ids], self.tokenizer.dtype)
 
         nats, n_tokens = text_nats(self.model, streams(), self.stride, tick)
-        totals = TextTotals(n_tokens, report.words + report.line_ends, report.text_bytes)
-        texts = map(change, documents(path, text_key=text_key))
+        totals = TextTotals(n_tokens, counts.words + counts.line_ends, counts.text_bytes)
+        texts = map(change, documents(path, reading))
         return self._with_compressors(nats, n_tokens, totals, texts)
 
     def _score_shards(self, eval_set: EvalSet, change: Callable[[str], str], tick: Tick) -> Score:

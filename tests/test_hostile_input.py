@@ -16,7 +16,7 @@ import pytest
 import train_pt
 from algpt2 import memory, training_pt
 from algpt2.checkpoints import STATE_FILE
-from algpt2.corpus import documents
+from algpt2.documents import documents
 from algpt2.errors import UserError
 from algpt2.files import write_record
 from algpt2.options import ModelOptions, PackOptions, TrainOptions, parse

@@ -12,6 +12,7 @@ import train_tf
 from algpt2 import mirror
 from algpt2.checkpoints import STATE_FILE, Checkpoint, newest_checkpoint
 from algpt2.errors import EXIT_STOPPED, UserError
+from algpt2.options import PackOptions
 from algpt2.packing import pack
 from algpt2.remote import RemoteError, RemotePath, local_folder
 from algpt2.tokenization_algpt2 import load_tokenizer
@@ -25,7 +26,8 @@ def packed(corpus, tokenizer_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     for split in ("train", "valid"):
         tokenizer = load_tokenizer(str(tokenizer_folder))
-        pack(str(corpus / split), tokenizer, folder / split, seq_len=16, workers=1)
+        paths = (str(corpus / split),), str(folder / split)
+        pack(PackOptions(*paths, seq_len=16, workers=1), tokenizer)
     return folder
 
 

@@ -208,8 +208,8 @@ def test_documents_are_scored_one_by_one(bench, tmp_path, tokenizer_folder):
 
 def test_shards_are_one_stream(corpus, tokenizer_folder, tmp_path):
     tokenizer = load_tokenizer(str(tokenizer_folder))
-    manifest = pack(str(corpus / "valid"), tokenizer, tmp_path / "shards", seq_len=16,
-                    files_per_tfrecord=1)  # fmt: skip
+    paths = (str(corpus / "valid"),), str(tmp_path / "shards")
+    manifest = pack(PackOptions(*paths, seq_len=16, files_per_tfrecord=1), tokenizer)
     (one,) = find_sets([str(tmp_path / "shards")])
     evaluation = uniform_evaluator(tokenizer, stride=7).evaluate(one)
     texts = [path.read_text() for path in sorted((corpus / "valid").iterdir())]

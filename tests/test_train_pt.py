@@ -167,7 +167,7 @@ def test_an_environment_that_is_not_torchruns_is_a_user_error(
 def test_shards_of_another_tokenizer_or_length_are_refused(flags, corpus, tmp_path):
     import make_tfrecords
     from algpt2 import tokenization_algpt2
-    from algpt2.corpus import documents
+    from algpt2.documents import documents
 
     texts = documents(str(corpus / "valid"))
     tokenization_algpt2.save(tokenization_algpt2.train(texts, vocab_size=300), tmp_path / "other")

@@ -20,6 +20,7 @@ from algpt2 import console, training_tf
 from algpt2.configuration_algpt2 import ALGPT2Config
 from algpt2.errors import EXIT_STOPPED, UserError
 from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
+from algpt2.options import PackOptions
 from algpt2.packing import pack
 from algpt2.tokenization_algpt2 import load_tokenizer
 
@@ -208,7 +209,8 @@ def test_shards_of_longer_rows_than_the_model_are_not_evaluated(
     frameworks, corpus, tokenizer_folder, tmp_path
 ):
     tokenizer = load_tokenizer(str(tokenizer_folder))
-    pack(str(corpus / "valid"), tokenizer, tmp_path / "long", seq_len=64, workers=1)
+    paths = (str(corpus / "valid"),), str(tmp_path / "long")
+    pack(PackOptions(*paths, seq_len=64, workers=1), tokenizer)
     run = f"--checkpoint={frameworks / 'pt-AdamW'}"
     with pytest.raises(UserError, match="rows of 64 tokens do not fit the model's 32 positions"):
         train_tf.main(["--eval_only", run, f"--val_path={tmp_path / 'long'}", "--device=cpu"])

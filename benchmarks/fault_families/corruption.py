@@ -51,6 +51,7 @@ def make_data(folder: Path) -> None:
     """Text, a tokenizer of 300 entries, a model's config, and packed shards in `folder`."""
     from algpt2 import tokenization_algpt2
     from algpt2.configuration_algpt2 import ALGPT2Config
+    from algpt2.options import PackOptions
     from algpt2.packing import pack
 
     draw = random.Random(0)
@@ -68,8 +69,8 @@ def make_data(folder: Path) -> None:
     ).save_pretrained(folder / "config")  # fmt: skip
     tokenizer = tokenization_algpt2.load_tokenizer(str(folder / "tokenizer"))
     for split, n_shards in (("train", 2), ("valid", 1)):
-        pack([str(folder / "text" / split)], tokenizer, folder / split, seq_len=16, workers=1,
-             n_shards=n_shards)  # fmt: skip
+        paths = (str(folder / "text" / split),), str(folder / split)
+        pack(PackOptions(*paths, seq_len=16, workers=1, n_shards=n_shards), tokenizer)
 
 
 def flags(folder: Path, **changes: Any) -> list[str]:

@@ -392,14 +392,15 @@ class Fuzzer:
         return self._documents(draw.choice(("a.tar", "a.tar", "a.tar.gz", "a.tar.xz")), None, draw)
 
     def _documents(self, name: str, data: bytes | None, draw: random.Random) -> Read:
-        from algpt2.corpus import documents
+        from algpt2.documents import documents
+        from algpt2.parts import Reading
 
         path = self.folder / "archives" / name
         self.put(path, mutate_bytes(self.files[path], draw) if data is None else data)
         skips = draw.random() < 0.5
 
         def read() -> None:
-            for text in documents(str(path), skip_broken=skips):
+            for text in documents(str(path), Reading(skip_broken=skips)):
                 text.encode()
 
         return read
@@ -419,7 +420,7 @@ class Fuzzer:
             self.changed.add(kept)
 
         def read() -> None:
-            packing.pack([text], self.sound_tokenizer, folder, seq_len=16, workers=1, dedup=True)
+            packing.pack(self._pack_options(text, folder), self.sound_tokenizer)
 
         def read_and_clean() -> None:
             try:
@@ -428,6 +429,12 @@ class Fuzzer:
                 shutil.rmtree(folder)
 
         return read_and_clean
+
+    @staticmethod
+    def _pack_options(text: str, folder: Path) -> Any:
+        from algpt2.options import PackOptions
+
+        return PackOptions((text,), str(folder), seq_len=16, workers=1, dedup=True)
 
     def _pack_half(self, text: str, folder: Path) -> None:
         from algpt2 import packing
@@ -440,7 +447,7 @@ class Fuzzer:
 
         write, packing._write_split = packing._write_split, die
         try:
-            packing.pack([text], self.sound_tokenizer, folder, seq_len=16, workers=1, dedup=True)
+            packing.pack(self._pack_options(text, folder), self.sound_tokenizer)
         except Killed:
             pass
         finally:
