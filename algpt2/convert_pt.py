@@ -27,26 +27,25 @@ def load_as_gpt2(source: str) -> tuple[GPT2Config, Tensors]:
     """Configuration and weights of the stock GPT-2 that an ALGPT2 or GPT-2 checkpoint is.
 
     Args:
-        source: folder of a run, of a checkpoint, or a name on the hub.
+        source: folder of a checkpoint, verified if it is one of a run, or a name on the hub.
     Raises:
         UserError: no such checkpoint, damaged, or of another model.
     """
-    folder = find_checkpoint(Path(source), log) if Path(source).exists() else source
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = ALGPT2Config.from_pretrained(folder)
+        config = ALGPT2Config.from_pretrained(source)
         check_memory(config.stored_parameters())
         model, found = ALGPT2LMHeadModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
         if missing := sorted(found["missing_keys"]):
-            raise UserError(f"the weights in {folder} lack {missing[0]} ({len(missing)} in all)")
+            raise UserError(f"the weights in {source} lack {missing[0]} ({len(missing)} in all)")
     except UserError:
         raise
     except Exception as error:  # a damaged file can make transformers raise anything
         missing = "" if Path(source).exists() else "no such folder, and from the hub: "
         reason = missing + describe(error)[:500]
-        raise UserError(f"cannot load an ALGPT2 or GPT-2 from {folder}: {reason}") from error
+        raise UserError(f"cannot load an ALGPT2 or GPT-2 from {source}: {reason}") from error
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     return GPT2Config(**gpt2_config(model.config)), gpt2_tensors(model.config, tensors)
 
@@ -64,9 +63,10 @@ def export_gpt2(checkpoint: str, out: Path, *, overwrite: bool = False) -> GPT2C
         raise UserError(f"{out} is a checkpoint of a run or a file: expected a folder of its own")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise UserError(f"{out} is not empty: choose another folder, or --overwrite its files")
+    if Path(checkpoint).exists():
+        checkpoint = str(find_checkpoint(Path(checkpoint), log))
     config, tensors = load_as_gpt2(checkpoint)
-    found = find_checkpoint(Path(checkpoint), log) if Path(checkpoint).exists() else checkpoint
-    tokenizer = load_tokenizer(str(found))
+    tokenizer = load_tokenizer(checkpoint)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .evaluation import Model
 from .modeling_algpt2 import LOSS_ROWS, LOSS_ROWS_CPU, ALGPT2LMHeadModel
-from .training_pt import Processes
+from .processes_pt import Processes
 
 
 def evaluation_model(

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import model_card
+from .checkpoints import EVALUATION_FILES
 from .console import Progress, is_main_process, log, table
 from .corpus import CorpusReport, documents
 from .detokenizers import DETOKENIZERS
@@ -33,15 +34,15 @@ from .evaluation import (
     score_lambada,
     text_metrics,
     text_nats,
+    text_totals,
 )
 from .files import json_text, write_text
 from .options import TrainOptions
-from .runs import check_detokenizer, choose_seq_len, open_or_pack, source_folder, text_totals
-from .runs import fingerprint as manifest_fingerprint
+from .start import Start, check_detokenizer, open_or_pack
 from .tfrecords import MANIFEST_FILE, Manifest, PackedRows, open_rows, read_manifest
 from .tokenization_algpt2 import TextTokenizer
 
-JSON_FILE, MARKDOWN_FILE = "evaluation.json", "evaluation.md"
+JSON_FILE, MARKDOWN_FILE = EVALUATION_FILES
 MARKDOWN_HEAD = "<!-- written by --eval_only from evaluation.json -->"
 TEXT_FILE = re.compile(r"\.(txt|raw|tokens|jsonl|parquet)(\.gz|\.zst)?$")
 TRAINING_FILE = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")
@@ -96,24 +97,22 @@ class Evaluation:
 # --- finding sets --------------------------------------------------------------------------------
 
 
-def choose_sets(options: TrainOptions, tokenizer: TextTokenizer) -> tuple[int, list[EvalSet]]:
-    """The context in tokens and the sets: those of `--eval_sets`, else the rows of `--val_path`.
+def choose_sets(options: TrainOptions, start: Start) -> list[EvalSet]:
+    """The sets of `--eval_sets`, else the rows of `--val_path`.
 
     Raises:
         UserError: as `find_sets`, `open_or_pack`.
     """
-    data, model = options.data, options.model
+    data = options.data
     if options.eval.eval_sets:
-        seq_len = choose_seq_len(replace(data, val_path=()), model, trains=False)
         sets = find_sets(options.eval.eval_sets)
         for one in sets:
             if one.kind == "shards":
                 (folder,) = one.paths
                 check_detokenizer(folder, read_manifest(folder), data.detokenizer)
-        return seq_len, sets
-    seq_len = choose_seq_len(data, model, trains=False)
-    rows = open_or_pack(data.val_path, data, tokenizer, seq_len)
-    return seq_len, [EvalSet("shards", model_card.names(data.val_path), (rows.folder,))]
+        return sets
+    rows = open_or_pack(data.val_path, data, start.tokenizer, start.seq_len)
+    return [EvalSet("shards", model_card.names(data.val_path), (rows.folder,))]
 
 
 def find_sets(sources: Sequence[str]) -> list[EvalSet]:
@@ -278,10 +277,12 @@ class Evaluator:
     """A checkpoint, its tokenizer and the options that all its sets share."""
 
     def __init__(
-        self, model: Model, tokenizer: TextTokenizer, options: TrainOptions, *, precision: str
-    ) -> None:
+        self, model: Model, tokenizer: TextTokenizer, options: TrainOptions, *, precision: str,
+        checkpoint: str,
+    ) -> None:  # fmt: skip
         """Args:
             precision: name of the number format of matrix products.
+            checkpoint: name of the checkpoint.
         Raises:
             UserError: --stride is larger than the context.
         """
@@ -289,7 +290,7 @@ class Evaluator:
         self.stride = options.eval.stride or model.context
         if self.stride > model.context:
             raise UserError(f"--stride {self.stride}: expected 1 to {model.context}, the context")
-        self.facts = _facts(options, model.context, self.stride, precision)
+        self.facts = _facts(checkpoint, model.context, self.stride, precision)
 
     def evaluate(self, one: EvalSet) -> Evaluation:
         """All measures of one set."""
@@ -388,7 +389,7 @@ def text_measures(nats: float, n_tokens: int, totals: TextTotals) -> Scored:
 
 
 def evaluation_of_rows(
-    options: TrainOptions, manifest: Manifest, loss: float, precision: str
+    options: TrainOptions, checkpoint: str, manifest: Manifest, loss: float, precision: str
 ) -> Evaluation:
     """The record of a loss (nats per token) over all rows of `--val_path`, however it came about.
 
@@ -397,9 +398,9 @@ def evaluation_of_rows(
     context, n_tokens = manifest.seq_len, manifest.n_rows * manifest.seq_len
     measures, details = text_measures(loss * n_tokens, n_tokens, text_totals(manifest))
     return Evaluation(
-        set=model_card.names(options.data.val_path), sha256=manifest_fingerprint(manifest),
+        set=model_card.names(options.data.val_path), sha256=manifest.fingerprint,
         text=_text_seen(manifest.detokenizer), n_eval_examples=None, measures=tuple(measures),
-        details=details, **_facts(options, context, context, precision),
+        details=details, **_facts(checkpoint, context, context, precision),
     )  # fmt: skip
 
 
@@ -407,11 +408,10 @@ def _text_seen(detokenizer: str | None) -> str:
     return f"{detokenizer} detokenizer" if detokenizer else AS_IT_IS
 
 
-def _facts(options: TrainOptions, context: int, stride: int, precision: str) -> dict[str, Any]:
+def _facts(checkpoint: str, context: int, stride: int, precision: str) -> dict[str, Any]:
     """What all evaluations of one command share."""
-    folder = source_folder(options.model) or Path(str(options.model.checkpoint))
     return {
-        "checkpoint": folder.resolve().name, "context": context, "stride": stride,
+        "checkpoint": checkpoint, "context": context, "stride": stride,
         "precision": precision,
     }  # fmt: skip
 
@@ -423,7 +423,7 @@ def _is_paradigm(group: str) -> bool:
 def fingerprint(one: EvalSet) -> str:
     """One sha256 for the content of a set."""
     if one.kind == "shards":
-        return manifest_fingerprint(read_manifest(one.paths[0]))
+        return read_manifest(one.paths[0]).fingerprint
     digest = hashlib.sha256()
     for path in one.paths:
         with path.open("rb") as file:
@@ -493,22 +493,24 @@ class ResultFiles:
 
 
 def evaluate_all(
-    evaluator: "Evaluator", sets: Sequence[EvalSet], results: ResultFiles, options: TrainOptions
+    evaluator: "Evaluator", sets: Sequence[EvalSet], results: ResultFiles, start: Start
 ) -> None:
     """Score every set, print one table, keep it: in the files, the card, W&B, on the hub."""
     evaluations = []
     for one in sets:
         evaluations.append(evaluator.evaluate(one))
         results.add(evaluations[-1])
-    publish(evaluations, results, options)
+    publish(evaluations, results, start, evaluator.options)
 
 
-def publish(evaluations: Sequence[Evaluation], results: ResultFiles, options: TrainOptions) -> None:
+def publish(
+    evaluations: Sequence[Evaluation], results: ResultFiles, start: Start, options: TrainOptions
+) -> None:
     """Print evaluations that are kept as one table; carry them on to the card, W&B, the hub."""
     log(result_table(evaluations))
     log(f"written to {results.json_path} and {results.markdown_path.name}")
-    if folder := source_folder(options.model):
-        model_card.publish_evaluation(folder, options.report)
+    if start.folder:
+        model_card.publish_evaluation(start.folder, options.report)
 
 
 def _from_record(record: dict[str, Any]) -> Evaluation:

@@ -23,8 +23,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from . import batches
+from .console import log
 from .errors import UserError, describe
-from .options import TFTrainOptions
+from .options import TFRecordOptions, TFTrainOptions
+from .processes_tf import Processes
 from .tfrecords import (
     FEATURE,
     MANIFEST_FILE,
@@ -34,7 +37,6 @@ from .tfrecords import (
     parse_manifest,
     record_dtype,
 )
-from .training_tf import Processes
 
 SHUFFLED_ROWS = 1 << 16  # held in memory by all shards together: 134 MB at 1,024 tokens
 READ_BYTES = 1 << 28  # of read-ahead, all shards together
@@ -123,6 +125,23 @@ def _find_shards(flag: str, paths: Sequence[str]) -> Shards:
                 f"{file} is damaged: it has {n_bytes} bytes, expected {shard.bytes}; copy it again"
             )
     return shards
+
+
+def find_fitting_shards(
+    flags: TFRecordOptions, config: dict[str, Any], exact: bool, n_hosts: int
+) -> tuple[Shards, Shards]:
+    """The shards of `--train_path` and `--val_path`, which fit hosts and model.
+
+    Raises:
+        UserError: as `find_shards`, `check_shards`.
+    """
+    train = find_shards("--train_path", flags.train_path)
+    val = find_shards("--val_path", flags.val_path)
+    check_shards("--train_path", train, n_hosts, flags.seq_len, config, exact)
+    check_shards("--val_path", val, 1, flags.seq_len, config, exact)
+    if flags.train_len not in (None, train.manifest.n_rows):
+        log(f"--train_len {flags.train_len:,}: the shards hold {train.manifest.n_rows:,} rows")
+    return train, val
 
 
 def check_shards(
@@ -295,3 +314,27 @@ def corrupt_record(shards: Shards, message: str) -> str:
             if not len(records) or damaged_records(records, manifest.vocab_size).any():
                 return f"{path}: row {row} is corrupt; copy the shard again, or pack it again"
     return f"a shard in {shards.folder} cannot be read: {message[:300]}"
+
+
+class RowInputs(batches.RowInputs):
+    """Tokens of the steps from memory-mapped shards; `Inputs` of a Trainer.
+
+    The order is that of train_pt.py. Each replica gets (steps_per_call, grad_steps, B / replicas,
+    T + 1).
+    """
+
+    wait_s = 0.0  # nothing is waited for: reading a map is part of the step
+    first, tokens = -1, None
+
+    def take(self, step: int) -> tuple[Any, int]:
+        n_steps = self.options.steps_per_call
+        if self.first < 0 or not self.first <= step < self.first + n_steps:
+            self.first, self.tokens = step, self._read(step, n_steps)
+        return self.tokens, step - self.first
+
+    def _read(self, step: int, n_steps: int) -> Any:
+        steps = range(step, step + n_steps)
+        tokens = np.stack([rows for i in steps for rows in self.batches(i)]).astype(np.int32)
+        shape = (n_steps, -1, self.processes.n_local, tokens.shape[1] // self.processes.n_local)
+        tokens = tokens.reshape(*shape, self.seq_len + 1)
+        return self.processes.distribute(np.moveaxis(tokens, 2, 0))

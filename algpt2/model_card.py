@@ -1,7 +1,7 @@
 """What makes a checkpoint folder one for the rest of the world: the model's code, a card, the hub.
 
-Every trainer writes checkpoints through `checkpoints.write_checkpoint`, which calls
-`complete_checkpoint`: a folder loads where this project is not installed,
+The trainers call `complete_checkpoint` on every checkpoint: it loads where this project is not
+installed,
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -15,15 +15,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import CARD_FILE, STATE_FILE, checkpoint_folders
+from .checkpoints import (
+    CARD_FILE,
+    EVALUATION_FILES,
+    METRICS_FILE,
+    RUN_FILE,
+    STATE_FILE,
+    checkpoint_folders,
+    checkpoint_name,
+)
 from .console import is_main_process, log
 from .errors import UserError, describe
 from .files import is_plain_file, read_record, write_json, write_text
 from .options import ReportOptions
-from .report import METRICS_FILE, RUN_FILE, read_json_lines, send_table
+from .report import read_json_lines, send_table
 from .tracker import run_name
 
-EVALUATION_FILE = "evaluation.json"
+EVALUATION_FILE = EVALUATION_FILES[0]
 CARD_HEAD = "<!-- written from run.json; --eval_only and the next checkpoint write it again -->"
 MODEL_FILES = ("configuration_algpt2.py", "modeling_algpt2.py")
 AUTO_MAP = {
@@ -106,7 +114,7 @@ def write_card(folder: Path, save_dir: Path, step: int) -> None:
     validated = [x for x in lines if "val_loss" in x and x["step"] <= step][-1:]
     try:
         measures = [*validation_measures(run, validated[0])] if validated else []
-        measures += evaluation_measures(save_dir / EVALUATION_FILE, f"checkpoint-{step:08d}")
+        measures += evaluation_measures(save_dir / EVALUATION_FILE, checkpoint_name(step))
         text = card_text(run_name(save_dir, run), run, step, measures)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{save_dir / RUN_FILE} is damaged: {describe(error)}") from error

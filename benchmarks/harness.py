@@ -116,21 +116,25 @@ def measure_train_pt(config: str, options: Options) -> dict[str, float]:
 
     import torch
 
-    from algpt2 import training_pt
+    from algpt2.batches import RowInputs
     from algpt2.modeling_algpt2 import ALGPT2LMHeadModel
+    from algpt2.optimizers_pt import build_optimizer
     from algpt2.options import OptimOptions, TrainOptions
+    from algpt2.processes_pt import start_processes
+    from algpt2.trainer_pt import Trainer
 
     optim = OptimOptions(batch_size=options.batch_size, lr=1e-4)
     train_options = TrainOptions(optim=optim)
-    processes = training_pt.start_processes(train_options)
+    processes = start_processes(train_options)
     torch.manual_seed(0)
     model = ALGPT2LMHeadModel(no_dropout(config)).to(processes.device)
-    optimizers = training_pt.build_optimizer(model, optim, optim.lr)
+    optimizers = build_optimizer(model, optim, optim.lr)
     rows = FakeRows(make_tokens(model.config.vocab_size, options), options.seq_len)
-    trainer = training_pt.Trainer(model, optimizers, train_options, processes, rows, 10**6)
+    inputs = RowInputs(rows, train_options, processes)
+    trainer = Trainer(model, optimizers, train_options, processes, inputs, 10**6)
     seconds = []
     for _ in range(options.steps + 2):
         start_s = time.perf_counter()
-        training_pt.train_step(trainer)
+        trainer.train_step()
         seconds.append(time.perf_counter() - start_s)
     return result(seconds[2:], options)

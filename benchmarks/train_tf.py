@@ -92,22 +92,25 @@ def measure_input(results: dict, options: Options) -> dict[str, float]:
 
 def measure_train_tf(config: str, options: Options) -> dict[str, float]:
     """`train_step` as train_tf.py runs it."""
-    from algpt2 import training_tf
+    from algpt2.input_tf import RowInputs
     from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
+    from algpt2.optimizers_tf import build_optimizer
     from algpt2.options import OptimOptions, TFTrainOptions
+    from algpt2.processes_tf import start_processes
+    from algpt2.trainer_tf import Trainer
 
     optim = OptimOptions(batch_size=options.batch_size, lr=1e-4)
     train_options = TFTrainOptions(optim=optim)
-    processes = training_tf.start_processes(train_options)
+    processes = start_processes(train_options)
     model = TFALGPT2LMHeadModel(no_dropout(config))
-    optimizer = training_tf.build_optimizer(model, optim, optim.lr)
+    optimizer = build_optimizer(model, optim, optim.lr)
     rows = FakeRows(make_tokens(model.config.vocab_size, options), options.seq_len)
-    inputs = training_tf.RowInputs(rows, train_options, processes)
-    trainer = training_tf.Trainer(model, optimizer, train_options, processes, inputs, 10**6)
+    inputs = RowInputs(rows, train_options, processes)
+    trainer = Trainer(model, optimizer, train_options, processes, inputs, 10**6)
     seconds = []
     for _ in range(options.steps + 2):
         start_s = time.perf_counter()
-        training_tf.train_step(trainer)
+        trainer.train_step()
         seconds.append(time.perf_counter() - start_s)
     return result(seconds[2:], options)
 
@@ -182,14 +185,15 @@ def measure_products(config: str, options: Options) -> dict[str, float]:
 
 def measure_shards(config: str, options: Options) -> dict[str, float]:
     """The input of train_tfrecords.py: 16 shards, 1,024 tokens a row."""
-    from algpt2 import input_tf, training_tf
+    from algpt2 import input_tf
     from algpt2.options import OptimOptions, TFTrainOptions
+    from algpt2.processes_tf import start_processes
 
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), no_dropout(config).vocab_size)
         optim = OptimOptions(batch_size=options.batch_size)
         train_options = TFTrainOptions(optim=optim, steps_per_call=10)
-        processes = training_tf.start_processes(train_options)
+        processes = start_processes(train_options)
         shards = input_tf.find_shards("shards", [folder])
         inputs = input_tf.ShardInputs(shards, train_options, processes)
         return time_inputs(inputs, train_options, replace(options, seq_len=1024))
@@ -197,16 +201,17 @@ def measure_shards(config: str, options: Options) -> dict[str, float]:
 
 def measure_rows(config: str, options: Options) -> dict[str, float]:
     """The input of train_tf.py: rows by their number."""
-    from algpt2 import training_tf
+    from algpt2.input_tf import RowInputs
     from algpt2.options import OptimOptions, TFTrainOptions
+    from algpt2.processes_tf import start_processes
     from algpt2.tfrecords import open_rows
 
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), no_dropout(config).vocab_size)
         optim = OptimOptions(batch_size=options.batch_size)
         train_options = TFTrainOptions(optim=optim, steps_per_call=10)
-        processes = training_tf.start_processes(train_options)
-        inputs = training_tf.RowInputs(open_rows(folder), train_options, processes)
+        processes = start_processes(train_options)
+        inputs = RowInputs(open_rows(folder), train_options, processes)
         return time_inputs(inputs, train_options, replace(options, seq_len=1024))
 
 

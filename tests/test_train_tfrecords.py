@@ -23,8 +23,8 @@ from algpt2 import tpu
 from algpt2.errors import EXIT_STOPPED, UserError
 from algpt2.input_tf import ShardInputs, check_shards, find_shards, host_rows, parse_rows
 from algpt2.options import OptimOptions, TFTrainOptions
+from algpt2.processes_tf import Processes
 from algpt2.tfrecords import open_rows, record_dtype
-from algpt2.training_tf import Processes
 
 ROOT = Path(train_tfrecords.__file__).parent
 
