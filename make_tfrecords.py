@@ -34,7 +34,7 @@ from algpt2.script import run_script
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Pack text, or check the shards in `--verify`."""
-    options = parse(PackOptions, argv)
+    options = parse(PackOptions, argv, __doc__)
     if options.verify:
         check(options)
         return

@@ -21,7 +21,7 @@ LABELS = {"tokens": "training tokens", "step": "optimizer steps", "elapsed_s": "
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, draw, write."""
-    options = parse(PlotOptions, argv)
+    options = parse(PlotOptions, argv, __doc__)
     path = Path(options.save_path)
     check_output(path, options.overwrite)
     folders = options.runs or [str(p.parent) for p in sorted(Path("runs").rglob(METRICS_FILE))]

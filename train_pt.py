@@ -18,7 +18,7 @@ from algpt2.script import run_script
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Train, evaluate or sample as the options say; returns the exit code."""
-    options = parse(TrainOptions, argv)
+    options = parse(TrainOptions, argv, __doc__)
     if options.eval_only:
         return evaluate_only(options)
     if options.sample_only:
@@ -48,26 +48,28 @@ def train(options: TrainOptions) -> int | None:
 
 def evaluate_only(options: TrainOptions) -> None:
     """Print and save one table of what a checkpoint scores on --val_path or --eval_sets."""
-    from algpt2 import evaluation_sets
-    from algpt2.evaluation_pt import evaluation_model
-    from algpt2.model_card import check_hub
+    from algpt2.model_card import check_hub, publish_evaluation
     from algpt2.processes_pt import start_processes
+    from algpt2.results import ResultFiles
+    from algpt2.scoring_pt import evaluation_model
+    from algpt2.sets import Evaluator, choose_sets
     from algpt2.start import find_start
     from algpt2.trainer_pt import build_model
 
     processes = start_processes(options)
     check_hub(options.report.push_to_hub)
     start = find_start(options)
-    results = evaluation_sets.ResultFiles(start.result_folder)
+    results = ResultFiles(start.result_folder)
     with processes.main_first():
-        sets = evaluation_sets.choose_sets(options, start)
+        sets = choose_sets(options, start)
     model = build_model(start).to(processes.device)
     scorer = evaluation_model(model, processes, start.seq_len, options.optim.batch_size)
     precision = str(processes.dtype).removeprefix("torch.")
-    evaluator = evaluation_sets.Evaluator(
+    evaluator = Evaluator(
         scorer, start.tokenizer, options, precision=precision, checkpoint=start.name
     )
-    evaluation_sets.evaluate_all(evaluator, sets, results, start)
+    evaluator.evaluate_all(sets, results)
+    publish_evaluation(start.folder, options.report)
 
 
 def sample_only(options: TrainOptions) -> None:

@@ -19,7 +19,7 @@ from algpt2.script import import_tensorflow, run_script
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Train, evaluate or sample as the options say; returns the exit code."""
-    options = parse(TFTrainOptions, argv)
+    options = parse(TFTrainOptions, argv, __doc__)
     import_tensorflow()
     if options.eval_only:
         return evaluate_only(options)
@@ -50,25 +50,27 @@ def train(options: TFTrainOptions) -> int | None:
 
 def evaluate_only(options: TFTrainOptions) -> None:
     """Print and save one table of what a checkpoint scores on --val_path or --eval_sets."""
-    from algpt2 import evaluation_sets
-    from algpt2.evaluation_tf import evaluation_model
-    from algpt2.model_card import check_hub
+    from algpt2.model_card import check_hub, publish_evaluation
     from algpt2.processes_tf import start_processes
+    from algpt2.results import ResultFiles
+    from algpt2.scoring_tf import evaluation_model
+    from algpt2.sets import Evaluator, choose_sets
     from algpt2.start import find_start
     from algpt2.trainer_tf import build_model
 
     processes = start_processes(options)
     check_hub(options.report.push_to_hub)
     start = find_start(options)
-    results = evaluation_sets.ResultFiles(start.result_folder)
+    results = ResultFiles(start.result_folder)
     with processes.main_first():
-        sets = evaluation_sets.choose_sets(options, start)
+        sets = choose_sets(options, start)
     model = build_model(start, processes.dtype)
     scorer = evaluation_model(model, start.seq_len, options.optim.batch_size)
-    evaluator = evaluation_sets.Evaluator(
+    evaluator = Evaluator(
         scorer, start.tokenizer, options, precision=processes.dtype, checkpoint=start.name
     )
-    evaluation_sets.evaluate_all(evaluator, sets, results, start)
+    evaluator.evaluate_all(sets, results)
+    publish_evaluation(start.folder, options.report)
 
 
 def sample_only(options: TFTrainOptions) -> None:

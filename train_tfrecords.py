@@ -21,29 +21,36 @@ from algpt2.script import import_tensorflow, run_script
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Train or evaluate as the options say; returns the exit code."""
-    options = parse(TFRecordOptions, argv)
+    options = parse(TFRecordOptions, argv, __doc__)
     if options.dry_run:
         from algpt2 import dry_run
 
-        return dry_run.run(options)
+        tpu = dry_run.check_command(options)  # before TensorFlow is imported
+        from algpt2 import dry_run_tf
+
+        return dry_run_tf.run(options, tpu)
     import_tensorflow()
     return evaluate_only(options) if options.eval_only else train(options)
 
 
 def train(flags: TFRecordOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
+    from algpt2.console import log
     from algpt2.input_tf import FileRows, ShardInputs, find_fitting_shards
     from algpt2.processes_tf import start_processes
     from algpt2.run import Run
     from algpt2.start import Start
     from algpt2.trainer_tf import Trainer
 
-    options = flags.train_options()
+    options, n_rows = flags.train_options(), flags.optim.train_len
     processes = start_processes(options, flags.tpu)
     start = Start.find(options.model)
-    shards, val_shards = find_fitting_shards(flags, start.config(), start.exact, processes.n_hosts)
-    start = start.with_shards(options.data, shards.manifest)
-    with Run.open(options, shards, val_shards, processes, flags.train_len) as run:
+    data, fits = options.data, (start.config(), start.exact, processes.n_hosts)
+    shards, val_shards = find_fitting_shards(data.train_path, data.val_path, data.seq_len, *fits)
+    if n_rows not in (None, shards.manifest.n_rows):
+        log(f"--train_len {n_rows:,}: the shards hold {shards.manifest.n_rows:,} rows")
+    start = start.with_shards(data, shards.manifest)
+    with Run.open(options, shards, val_shards, processes, n_rows) as run:
         inputs = ShardInputs(shards, options, processes)
         trainer = Trainer.build(options, start, inputs, FileRows(val_shards), processes, run)
         done = trainer.fit(run)
@@ -52,30 +59,32 @@ def train(flags: TFRecordOptions) -> int | None:
 
 def evaluate_only(flags: TFRecordOptions) -> None:
     """Print and save one table of loss, perplexities and bits per byte of a checkpoint."""
-    from algpt2 import evaluation_sets
     from algpt2.console import Progress
     from algpt2.input_tf import FileRows, check_shards, find_shards
+    from algpt2.model_card import publish_evaluation
     from algpt2.processes_tf import start_processes
+    from algpt2.results import ResultFiles
+    from algpt2.sets import evaluation_of_rows
     from algpt2.start import Start
     from algpt2.trainer_tf import build_model, evaluate
 
     options = flags.train_options()
     start = Start.find(options.model)
-    results = evaluation_sets.ResultFiles(start.result_folder)
+    results = ResultFiles(start.result_folder)
     processes = start_processes(options, flags.tpu)
-    shards = find_shards("--val_path", flags.val_path)
+    shards = find_shards("--val_path", options.data.val_path)
     with processes.strategy.scope():
         model = build_model(start, processes.dtype)
-    check_shards("--val_path", shards, 1, flags.seq_len, model.config.to_dict(), False)
+    seq_len, config = options.data.seq_len, model.config.to_dict()
+    check_shards("--val_path", shards, 1, seq_len, config, False)
     rows = FileRows(shards)
     with Progress("evaluate", total=len(rows), unit="row") as progress:
         batch_size = options.optim.batch_size
         loss = evaluate(model, rows, processes, batch_size, tick=progress.update)
-    evaluation = evaluation_sets.evaluation_of_rows(
-        options, start.name, rows.manifest, loss, processes.dtype
-    )
+    evaluation = evaluation_of_rows(options, start.name, rows.manifest, loss, processes.dtype)
     results.add(evaluation)
-    evaluation_sets.publish([evaluation], results, start, options)
+    results.show([evaluation])
+    publish_evaluation(start.folder, options.report)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ HELD_OUT_BYTES = 5_000_000  # of them at most: enough for three digits
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, save and measure the tokenizer that the options describe."""
-    options = parse(TokenizerOptions, argv)
+    options = parse(TokenizerOptions, argv, __doc__)
     # Behind the options, so that --help answers at once.
     from algpt2.console import log
     from algpt2.corpus import CorpusReport, documents

@@ -24,9 +24,8 @@ import numpy as np
 import tensorflow as tf
 
 from . import batches
-from .console import log
 from .errors import UserError, describe
-from .options import TFRecordOptions, TFTrainOptions
+from .options import TFTrainOptions
 from .processes_tf import Processes
 from .tfrecords import (
     FEATURE,
@@ -128,19 +127,17 @@ def _find_shards(flag: str, paths: Sequence[str]) -> Shards:
 
 
 def find_fitting_shards(
-    flags: TFRecordOptions, config: dict[str, Any], exact: bool, n_hosts: int
-) -> tuple[Shards, Shards]:
+    train_path: Sequence[str], val_path: Sequence[str], seq_len: int | None,
+    config: dict[str, Any], exact: bool, n_hosts: int,
+) -> tuple[Shards, Shards]:  # fmt: skip
     """The shards of `--train_path` and `--val_path`, which fit hosts and model.
 
     Raises:
         UserError: as `find_shards`, `check_shards`.
     """
-    train = find_shards("--train_path", flags.train_path)
-    val = find_shards("--val_path", flags.val_path)
-    check_shards("--train_path", train, n_hosts, flags.seq_len, config, exact)
-    check_shards("--val_path", val, 1, flags.seq_len, config, exact)
-    if flags.train_len not in (None, train.manifest.n_rows):
-        log(f"--train_len {flags.train_len:,}: the shards hold {train.manifest.n_rows:,} rows")
+    train, val = find_shards("--train_path", train_path), find_shards("--val_path", val_path)
+    check_shards("--train_path", train, n_hosts, seq_len, config, exact)
+    check_shards("--val_path", val, 1, seq_len, config, exact)
     return train, val
 
 

@@ -26,19 +26,21 @@ from .checkpoints import (
     OPTIMIZER_FILE,
     Checkpoint,
     checkpoint_name,
+    newest_checkpoint,
     prune_checkpoints,
     write_checkpoint,
 )
 from .console import is_main_process, log
 from .errors import EXIT_STOPPED, UserError, describe
-from .evaluation import text_metrics, text_totals
 from .guard import Hint, StepGuard, check_finite
 from .mirror import copy_or_warn
 from .model_card import complete_checkpoint, push_to_hub, try_card
 from .options import TrainOptions, seconds_since_start
+from .remote import local_folder
 from .report import RunReport, log_before_and_after
 from .run import Run, describe_model, peak_lr
 from .schedules import lr_factor
+from .scoring import text_metrics, text_totals
 from .start import Start, starts_from_weights
 from .tokenization_algpt2 import TextTokenizer
 
@@ -215,8 +217,8 @@ class Trainer(abc.ABC):
 
     def hint(self) -> Hint:
         """What to say if the coming step is bad."""
-        rows = self.inputs.row_ids(self.step)
-        return Hint(self.options.report.save_dir, rows, self.processes.low_precision)
+        rows, save_dir = self.inputs.row_ids(self.step), self.options.report.save_dir
+        return Hint(last_checkpoint(save_dir), rows, self.processes.low_precision)
 
     # --- the run ---
 
@@ -412,7 +414,7 @@ class Trainer(abc.ABC):
         report, tensors = self.options.report, self.state_tensors()
         everything = {**self.parameters(), **tensors}
         bad = [name for name, tensor in everything.items() if not self.is_finite(tensor)]
-        check_finite(bad, self.step, report.save_dir)
+        check_finite(bad, self.step, self.hint)
         if is_main_process():
             try:
                 self._write(tensors)
@@ -472,6 +474,12 @@ class Trainer(abc.ABC):
         self.elapsed_s = float(state["elapsed_s"])
         self.guard.load(state.get("outliers", {}))
         self.unreported = state.get("cut")
+
+
+def last_checkpoint(save_dir: str) -> str:
+    """A clause for error messages: from which checkpoint a stopped run can go on."""
+    checkpoint = newest_checkpoint(local_folder(save_dir), log)
+    return f"the last good checkpoint is {checkpoint.folder}" if checkpoint else "no checkpoint yet"
 
 
 class Speedometer:

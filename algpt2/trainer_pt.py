@@ -222,8 +222,8 @@ class Trainer(loop.Trainer):
         overflow = self.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm)
         if overflow and self.scaler.get_scale() >= MIN_LOSS_SCALE:
             return False
-        allowed = self.guard.accepts(loss, norm)
-        self.guard.note(self.step + 1, loss, norm, allowed, self.hint)
+        allowed = self.guard.allows(loss, norm)
+        self.guard.record(self.step + 1, loss, norm, allowed, self.hint)
         return allowed
 
     def parameters(self) -> dict[str, Tensor]:

@@ -19,9 +19,10 @@ from .configuration_algpt2 import ALGPT2Config
 from .console import log
 from .errors import PeerGoneError, UserError, describe
 from .guard import MIN_STEPS, StepGuard
+from .kernels_tf_algpt2 import LOSS_ROWS_CPU
 from .loop import Metrics
 from .memory import check_memory, memory_bytes
-from .modeling_tf_algpt2 import LOSS_ROWS_CPU, TFALGPT2LMHeadModel
+from .modeling_tf_algpt2 import TFALGPT2LMHeadModel
 from .optimizers_tf import build_optimizer
 from .options import OptimOptions, TFTrainOptions
 from .processes_tf import Processes, peers_may_go
@@ -358,7 +359,7 @@ class Trainer(loop.Trainer):
             numbers = (offset, lrs, np.array(seeds, np.int32), guard.window(), guard.in_row)
             results = self.run_steps(tokens, *map(tf.constant, numbers))
             for loss, norm, ok in results.numpy().tolist():
-                guard.note(self.step + 1, loss, norm, bool(ok), self.hint)
+                guard.record(self.step + 1, loss, norm, bool(ok), self.hint)
                 self.step += 1
         return loss, norm
 

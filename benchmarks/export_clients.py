@@ -19,12 +19,9 @@ from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from algpt2.console import table  # noqa: E402
-from algpt2.errors import UserError, describe  # noqa: E402
-from algpt2.script import run_script  # noqa: E402
+from algpt2.console import table
+from algpt2.errors import UserError, describe
+from algpt2.script import run_script
 
 Ids = list[int]
 

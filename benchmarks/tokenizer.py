@@ -25,11 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from harness import save
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from algpt2.console import table  # noqa: E402
+from algpt2.console import table
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         results = alternate(options)
         print(result_table(results))
-        path = ROOT / "benchmarks" / "results" / "tokenizer.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        save("tokenizer", results)
 
 
 # --- speed and memory ----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from algpt2.configuration_algpt2 import ALGPT2Config
 from algpt2.dry_run import GIB, Compiled, DryRun, TooLarge, parse_slice, read_answer
 from algpt2.dry_run_tf import StepProgram
 from algpt2.errors import UserError
-from algpt2.modeling_tf_algpt2 import LOSS_ROWS
+from algpt2.kernels_tf_algpt2 import LOSS_ROWS
 from algpt2.optimizers_tf import build_optimizer
 from algpt2.options import ModelOptions, OptimOptions, TFTrainOptions
 from algpt2.start import Start

@@ -26,16 +26,12 @@ def tokenizer(tokenizer_folder):
 
 
 @pytest.fixture
-def flags(corpus, tokenizer_folder, config_folder, tmp_path):
-    """A run of four steps on the training files."""
+def flags(flags):
+    """A run of four steps on the training files, with more arguments behind its flags."""
 
     def make(save_dir="run", *more, **changes):
-        options = {
-            "config": config_folder, "tokenizer": tokenizer_folder, "save_dir": tmp_path / save_dir,
-            "train_path": corpus / "train", "val_path": corpus / "valid", "seq_len": 16,
-            "max_steps": 4, "eval_steps": 2, "lr": 1e-2, "device": "cpu",
-        } | changes  # fmt: skip
-        return [f"--{k}={v}" for k, v in options.items() if v is not None] + list(map(str, more))
+        options = {"max_steps": 4, "eval_steps": 2, "logging_steps": None} | changes
+        return [*flags(save_dir, **options), *map(str, more)]
 
     return make
 

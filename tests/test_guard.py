@@ -9,6 +9,7 @@ import threading
 import time
 import types
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import tensorflow as tf
 import test_training_pt
 import test_training_tf
 import torch
+from helpers import final_bytes, metrics
 from safetensors.numpy import load_file, save_file
 
 import train_pt
@@ -60,8 +62,9 @@ def assert_same(a, b):
 
 
 def poison(trainer, monkeypatch, factors):
-    """Multiply the loss of each step (from 0) by `factors[step]`, gradient included; of a pair
-    the second factor is of the loss alone, added."""
+    """Multiply loss and gradient of each step (from 0) by `factors[step]`. A pair of factors
+    multiplies loss and gradient by the first and adds the loss times the second to the loss alone.
+    """
     module = trainer_pt if isinstance(trainer, trainer_pt.Trainer) else trainer_tf
     whole = module.mean_loss
     pairs = {step: f if isinstance(f, tuple) else (f, 0.0) for step, f in factors.items()}
@@ -73,7 +76,7 @@ def poison(trainer, monkeypatch, factors):
     def bad_loss_tf(model, rows, seed):
         loss, pair = whole(model, rows, seed), tf.constant([1.0, 0.0])
         for step, value in pairs.items():
-            # A step is known by its seed: several are taken in one compiled call.
+            # The seed tells the step, because one compiled call takes several steps.
             step_seed = trainer_tf._fold(trainer_tf.step_seed(42, step), 0)
             pair = tf.where(tf.reduce_all(seed == step_seed), value, pair)
         return loss * pair[0] + tf.stop_gradient(loss) * pair[1]
@@ -82,7 +85,7 @@ def poison(trainer, monkeypatch, factors):
 
 
 def make(framework, **flags):
-    """A trainer; in TensorFlow with one layer, as each is compiled."""
+    """A trainer; in TensorFlow with one layer, because compilation takes time for each layer."""
     if framework == "tf":
         flags = {"config": test_training_tf.CONFIG | {"n_layer": 1}} | flags
     return MAKERS[framework].make_trainer(dropout=0.1, **flags)
@@ -90,7 +93,7 @@ def make(framework, **flags):
 
 @pytest.fixture
 def soon(monkeypatch):
-    """Outliers are known from the fifth update on."""
+    """Let the guard find outliers from the fifth update on."""
     monkeypatch.setattr(guard, "MIN_STEPS", 4)
     monkeypatch.setattr(trainer_tf, "MIN_STEPS", 4)
 
@@ -138,24 +141,17 @@ def test_several_steps_in_a_call_keep_the_weights_before_the_bad_one(monkeypatch
 
 
 def test_the_message_says_what_to_change():
-    row_ids = Hint("runs/none", list(range(40)), low_precision=True)
-    message = row_ids.stop("step 9: loss nan", StepGuard(None))
+    hint = Hint("no checkpoint yet", list(range(40)), low_precision=True)
+    message = hint.stop("step 9: loss nan", StepGuard(None))
     assert "rows 0 1 2 3 4 5 6 7 ... (40 of them)" in message
     assert message.endswith("a lower --lr or --precision fp32")
-    assert "(rows" not in Hint("runs/none").stop("step 9", StepGuard(None))
+    assert "(rows" not in Hint("no checkpoint yet").stop("step 9", StepGuard(None))
 
 
 @pytest.fixture
-def flags(corpus, tokenizer_folder, config_folder, tmp_path):
-    def make_flags(save_dir="run", **changes):
-        values = {
-            "config": config_folder, "tokenizer": tokenizer_folder, "save_dir": tmp_path / save_dir,
-            "train_path": corpus / "train", "val_path": corpus / "valid", "seq_len": 16,
-            "max_steps": 12, "eval_steps": 6, "logging_steps": 1, "lr": 1e-2, "device": "cpu",
-        } | changes  # fmt: skip
-        return [f"--{name}={value}" for name, value in values.items() if value is not None]
-
-    return make_flags
+def flags(flags):
+    """A run of twelve steps."""
+    return partial(flags, max_steps=12, eval_steps=6)
 
 
 MAINS = {"pt": (train_pt, trainer_pt), "tf": (train_tf, trainer_tf)}
@@ -218,17 +214,17 @@ def test_limits_are_mean_and_standard_deviations_of_the_last_updates():
         if i % 50 == 0:
             found = trainer_tf.limits(tf.constant(judge.window()), 3.0).numpy()
             assert found == pytest.approx(expected, rel=1e-5)
-        judge.note(i + 1, losses[i], norms[i], True, Hint)
+        judge.record(i + 1, losses[i], norms[i], True, Hint)
     loss_limit, norm_limit = map(float, judge.limits())
-    assert judge.accepts(loss_limit, norm_limit) and judge.accepts(0.0, 0.0)
-    assert not judge.accepts(loss_limit * 1.001, 1.0)
-    assert not judge.accepts(5.0, norm_limit * 1.001)
+    assert judge.allows(loss_limit, norm_limit) and judge.allows(0.0, 0.0)
+    assert not judge.allows(loss_limit * 1.001, 1.0)
+    assert not judge.allows(5.0, norm_limit * 1.001)
     for bad in BAD.values():
-        assert not judge.accepts(bad, 1.0) and not judge.accepts(5.0, bad)
-        assert not StepGuard(z=3.0).accepts(bad, 1.0)  # from the first step on
+        assert not judge.allows(bad, 1.0) and not judge.allows(5.0, bad)
+        assert not StepGuard(z=3.0).allows(bad, 1.0)  # from the first step on
 
 
-# An outlier in the loss alone, in the gradient alone, and numbers that are none.
+# An outlier in the loss alone, in the gradient alone, NaN and infinity.
 KINDS = {"AdamW": (1.0, 20.0), "SGD": (100.0, -99.0), "Adafactor": math.nan, "Muon": math.inf}
 
 
@@ -246,7 +242,7 @@ def test_a_skipped_step_leaves_weights_and_optimizer_alone(
     assert (trainer.step, trainer.guard.skipped, trainer.guard.in_row) == (7, 1, 1)
     assert_same(before[0], weights(trainer))
     assert_same(before[1], optimizer_state(trainer))
-    np.testing.assert_array_equal(before[2], trainer.guard.window())  # no outlier in the mean
+    np.testing.assert_array_equal(before[2], trainer.guard.window())  # the mean excludes outliers
     assert "step 7: loss" in capsys.readouterr().out
     trainer.train_step()
     assert (trainer.step, trainer.guard.skipped, trainer.guard.in_row) == (8, 1, 0)
@@ -292,7 +288,7 @@ def test_too_many_outliers_in_a_row_stop_the_run(framework, monkeypatch):
     flags = {"steps_per_call": 4} if framework == "tf" else {}
     trainer = make(framework, skip_outliers=6.0, **flags)
     n = guard.MAX_IN_ROW
-    # One good step between: the count is of those in a row.
+    # One good step between: the guard counts bad steps in a row.
     poison(trainer, monkeypatch, {step: math.nan for step in range(20) if step != 2})
     with pytest.raises(NonFiniteError) as error:
         for _ in range(20):
@@ -317,7 +313,7 @@ def test_fp16_overflows_are_neither_failures_nor_outliers():
     assert trainer.step == overflows + 1
     assert (trainer.guard.skipped, trainer.guard.in_row) == (0, 0)
     assert np.isfinite(trainer.guard.window()).sum() == 2
-    # A gradient that is infinite at any scale is no overflow of the scaler's.
+    # A gradient that is infinite at any scale is not an overflow of the scaler.
     trainer.model.dense.bias.register_hook(lambda gradient: gradient * math.inf)
     trainer.guard.z = None
     with pytest.raises(NonFiniteError, match="gradient norm nan"):
@@ -343,16 +339,6 @@ def spoil(monkeypatch, framework, steps=(5, 6, 9)):
     monkeypatch.setattr(module.Trainer, "__post_init__", poisoned)
 
 
-def metrics(save_dir, *names):
-    lines = [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
-    return [[line.get(name) for name in names] for line in lines]
-
-
-def final_bytes(save_dir, step=12):
-    folder = save_dir / f"checkpoint-{step:08}"
-    return [(folder / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
-
-
 def outliers(save_dir, step=12):
     marker = save_dir / f"checkpoint-{step:08}" / "training_state.json"
     return json.loads(marker.read_text())["outliers"]
@@ -375,14 +361,14 @@ def test_stopped_and_continued_skips_the_same_steps(
     if framework == "pt":  # stopped at every step
         while script.main(flags("stopped", **more, max_minutes=1e-9)) == EXIT_STOPPED:
             pass
-    else:  # killed behind a skipped step: what counts is the checkpoint before it
+    else:  # killed after a skipped step: the run goes on from the checkpoint before
         with monkeypatch.context() as patch:
             patch.setattr(trainer_tf.Trainer, "evaluate", staticmethod(kill))
             with pytest.raises(KeyboardInterrupt):
                 script.main(flags("stopped", **more, save_steps=3))
         script.main(flags("stopped", **more))
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    assert final_bytes(straight) == final_bytes(stopped)
+    assert final_bytes(straight, 12) == final_bytes(stopped, 12)
     assert outliers(straight) == outliers(stopped)
     names = ("step", "loss", "lr", "grad_norm", "skipped", "val_loss")
     assert metrics(straight, *names) == metrics(stopped, *names)
@@ -430,7 +416,7 @@ def test_the_option_may_be_added_to_a_run_that_stopped(flags, tmp_path, monkeypa
 
 
 def test_a_run_with_skipped_steps_goes_on_in_the_other_framework(monkeypatch, soon):
-    """The optimizer counts its own updates: a bias correction by the run's step would be wrong."""
+    """The bias correction counts the optimizer's updates, not the steps of the run."""
     source = make("pt", skip_outliers=6.0)
     poison(source, monkeypatch, {5: 80.0})
     for _ in range(7):
@@ -444,7 +430,7 @@ def test_a_run_with_skipped_steps_goes_on_in_the_other_framework(monkeypatch, so
     assert_same(optimizer_state(target), load_file("optimizer.safetensors"))
 
 
-# A script around one of ours: its trainer at hand, outliers known from the fifth update on.
+# The start of a script that keeps the trainer and finds outliers from the fifth update on.
 REMEMBER = """
 import math
 import numpy as np
@@ -459,7 +445,7 @@ POISONED_PROCESS = """
 import torch, train_pt
 guard.MIN_STEPS = 4
 def bad(model, rows, device):
-    # The batch is bad on process 0 alone, and at first in its loss alone: gradients are shared.
+    # Only process 0 has the bad batch, at first in its loss alone: gradients are all-reduced.
     loss, step = whole(model, rows, device), trainers[-1].step
     if trainers[-1].processes.rank == 0:
         loss = {5: loss + 80.0, 8: loss * math.nan}.get(step, loss)
@@ -470,7 +456,7 @@ def main(argv):
         mine = parameter.detach().clone()
         torch.distributed.broadcast(parameter.data, 0)
         assert torch.equal(mine, parameter), "the processes have other weights"
-    trainers.clear()  # what holds the process group at exit aborts there
+    trainers.clear()  # an object that holds the process group at exit aborts
     return code
 trainer_pt.mean_loss = bad
 script.run_script(main)
@@ -481,7 +467,7 @@ trainer_tf.MIN_STEPS = 4
 def bad(model, rows, seed):
     loss, more = whole(model, rows, seed), 0.0
     for step, value in {5: 80.0, 8: math.nan}.items():
-        # On device 0 alone, which the seed is folded with, and in the loss alone.
+        # On device 0 alone, whose number is folded into the seed, and in the loss alone.
         of_device_0 = trainer_tf._fold(trainer_tf.step_seed(42, step), 0)
         more = tf.where(tf.reduce_all(seed == of_device_0), value, more)
     return loss + more

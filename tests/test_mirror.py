@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from helpers import as_flags
 
 import export_gpt2
 import train_pt
@@ -38,7 +39,7 @@ def flags(packed, tokenizer_folder, config_folder):
             "train_path": packed / "train", "val_path": packed / "valid", "n_eval_rows": 4,
             "max_steps": 4, "eval_steps": 2, "logging_steps": 1, "lr": 1e-2, "device": "cpu",
         } | changes  # fmt: skip
-        return [f"--{name}={value}" for name, value in options.items() if value is not None]
+        return as_flags(options)
 
     return make
 

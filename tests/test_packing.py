@@ -344,10 +344,9 @@ def test_interrupted_and_started_again_gives_the_same_bytes(tmp_path, text, monk
 
 
 KILLED = """
-import os, signal, sys
-sys.path[:0] = {paths}
+import os, signal
 from algpt2 import packing
-from tests.test_packing import TOKENIZER
+from test_packing import TOKENIZER
 real = packing.write_shard
 def write_shard(path, rows):
     if path.name == "1.tfrecord":
@@ -361,9 +360,10 @@ packing.pack({text!r}, TOKENIZER, {out!r}, seq_len=2, files_per_tfrecord=1, work
 def test_killed_and_started_again_gives_the_same_bytes(tmp_path, text):
     options = {"seq_len": 2, "files_per_tfrecord": 1, "workers": 1}
     pack(text, TOKENIZER, tmp_path / "whole", **options)
-    root = str(Path(packing.__file__).parent.parent)
-    code = KILLED.format(paths=[root], text=text, out=str(tmp_path / "out"))
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    code = KILLED.format(text=text, out=str(tmp_path / "out"))
+    paths = f"{Path(packing.__file__).parent.parent}:{Path(__file__).parent}"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False,
+                             env=os.environ | {"PYTHONPATH": paths})  # fmt: skip
     assert process.returncode == -signal.SIGKILL, process.stderr
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert left == [".packing", "0.tfrecord"]

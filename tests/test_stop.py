@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,19 +28,9 @@ TIMES = {"elapsed_s", "tokens_per_s", "input_wait"}
 
 
 @pytest.fixture
-def flags(corpus, tokenizer_folder, config_folder, tmp_path):
+def flags(flags):
     """A run of six steps, evaluated and sampled at steps 3 and 6."""
-
-    def make(save_dir, **changes):
-        options = {
-            "config": config_folder, "tokenizer": tokenizer_folder, "save_dir": tmp_path / save_dir,
-            "train_path": corpus / "train", "val_path": corpus / "valid", "seq_len": 16,
-            "max_steps": 6, "eval_steps": 3, "logging_steps": 2, "lr": 1e-2, "device": "cpu",
-            "sample_steps": 3, "max_length": 8, "keep_last": 1,
-        } | changes  # fmt: skip
-        return [f"--{name}={value}" for name, value in options.items()]
-
-    return make
+    return partial(flags, logging_steps=2, sample_steps=3, max_length=8, keep_last=1)
 
 
 def lines(path):

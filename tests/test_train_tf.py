@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import as_flags, final_bytes, metrics
 from safetensors.numpy import load_file
 
 import train_tf
@@ -24,35 +25,6 @@ from algpt2.tokenization_algpt2 import load_tokenizer
 
 ROOT = Path(train_tf.__file__).parent
 STEPS = {"AdamW": 50, "SGD": 12, "Muon": 12, "Adafactor": 12}
-
-
-@pytest.fixture
-def flags(corpus, tokenizer_folder, config_folder, tmp_path):
-    """A run of six steps: text in, evaluation and checkpoint at steps 3 and 6."""
-
-    def make(save_dir="run", **changes):
-        options = {
-            "config": config_folder, "tokenizer": tokenizer_folder, "save_dir": tmp_path / save_dir,
-            "train_path": corpus / "train", "val_path": corpus / "valid", "seq_len": 16,
-            "max_steps": 6, "eval_steps": 3, "logging_steps": 1, "lr": 1e-2, "device": "cpu",
-        } | changes  # fmt: skip
-        return as_flags(options)
-
-    return make
-
-
-def as_flags(options):
-    return [f"--{name}={value}" for name, value in options.items() if value is not None]
-
-
-def metrics(save_dir, *names):
-    lines = [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
-    return [[line.get(name) for name in names] for line in lines]
-
-
-def final_bytes(save_dir, step=6):
-    folder = save_dir / f"checkpoint-{step:08}"
-    return [(folder / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
 
 
 def run_pytorch(code, *arguments):
@@ -186,8 +158,9 @@ def test_a_run_leaves_these_files_and_repeating_it_says_done(flags, tmp_path, ca
     ]  # fmt: skip
     assert sorted(p.name for p in (run / "checkpoint-00000006").iterdir()) == [
         "README.md", "config.json", "configuration_algpt2.py", "generation_config.json",
-        "merges.txt", "model.safetensors", "modeling_algpt2.py", "optimizer.safetensors",
-        "tokenizer.json", "tokenizer_config.json", "training_state.json", "vocab.json",
+        "kernels_algpt2.py", "merges.txt", "model.safetensors", "modeling_algpt2.py",
+        "optimizer.safetensors", "tokenizer.json", "tokenizer_config.json", "training_state.json",
+        "vocab.json",
     ]  # fmt: skip
     assert metrics(run, "step", "tokens") == [[step, step * 64] for step in range(1, 7)]
     assert [step for step, bpb in metrics(run, "step", "val_bpb") if bpb] == [3, 6]

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import as_flags, final_bytes, metrics
 
 import make_tfrecords
 import train_tf
@@ -63,19 +64,9 @@ def flags(packed, tmp_path):
             "warmup_steps": 2, "max_steps": 6, "save_batches": 3, "log_batches": 1,
             "device": "cpu", "save_dir": tmp_path / save_dir,
         } | changes  # fmt: skip
-        return [f"--{name}={value}" for name, value in options.items() if value is not None]
+        return as_flags(options)
 
     return make
-
-
-def metrics(save_dir, *names):
-    lines = [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
-    return [[line.get(name) for name in names] for line in lines]
-
-
-def final_bytes(save_dir, step=6):
-    folder = save_dir / f"checkpoint-{step:08}"
-    return [(folder / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
 
 
 # --- the order of the rows -----------------------------------------------------------------------
@@ -262,9 +253,9 @@ class Resolver:
     ("name", "message"),
     [
         ("nowhere", "Cloud TPU API is not available.*Name or service not known.*--tpu none"),
-        ("other", "not to be found.*'nodes/other' was not found.*gcloud compute tpus tpu-vm list"),
+        ("other", "not found.*'nodes/other' was not found.*gcloud compute tpus tpu-vm list"),
         ("broken", "still REPAIRING, health UNHEALTHY_TENSORFLOW after 0 minutes"),
-        ("gone", "PREEMPTED and will not come back.*make it anew"),
+        ("gone", "PREEMPTED and will not come back.*create it again"),
         ("mine", r"worker localhost:\d+ does not answer \(Connection refused\)"),
         ("local", "--tpu local cannot be initialized.*TPU host"),
     ],

@@ -15,13 +15,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from algpt2.runs import open_or_pack
 
 import train_pt
 from algpt2.detokenizers import DETOKENIZERS
 from algpt2.errors import UserError
-from algpt2.evaluation import Model
-from algpt2.evaluation_sets import (
+from algpt2.options import DataOptions, EvalOptions, ModelOptions, PackOptions, TrainOptions
+from algpt2.packing import pack
+from algpt2.report import read_json_lines
+from algpt2.scoring import Model
+from algpt2.sets import (
     EvalSet,
     Evaluator,
     choose_detokenizer,
@@ -30,9 +32,7 @@ from algpt2.evaluation_sets import (
     read_passages,
     row_streams,
 )
-from algpt2.options import DataOptions, EvalOptions, ModelOptions, PackOptions, TrainOptions
-from algpt2.packing import pack
-from algpt2.report import read_json_lines
+from algpt2.start import open_or_pack
 from algpt2.tfrecords import open_rows, read_manifest
 from algpt2.tokenization_algpt2 import load_tokenizer
 
