@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def train(flags: TFRecordOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
     from algpt2.console import log
-    from algpt2.input_tf import FileRows, ShardInputs, find_fitting_shards
+    from algpt2.input_tf import FileRows, ShardInputs, check_shards, find_shards
     from algpt2.processes_tf import start_processes
     from algpt2.run import Run
     from algpt2.start import Start
@@ -45,8 +45,11 @@ def train(flags: TFRecordOptions) -> int | None:
     options, n_rows = flags.train_options(), flags.optim.train_len
     processes = start_processes(options, flags.tpu)
     start = Start.find(options.model)
-    data, fits = options.data, (start.config(), start.exact, processes.n_hosts)
-    shards, val_shards = find_fitting_shards(data.train_path, data.val_path, data.seq_len, *fits)
+    data, fits = options.data, (options.data.seq_len, start.config(), start.exact)
+    shards = find_shards("--train_path", data.train_path)
+    val_shards = find_shards("--val_path", data.val_path)
+    check_shards("--train_path", shards, processes.n_hosts, *fits)
+    check_shards("--val_path", val_shards, 1, *fits)
     if n_rows not in (None, shards.manifest.n_rows):
         log(f"--train_len {n_rows:,}: the shards hold {shards.manifest.n_rows:,} rows")
     start = start.with_shards(data, shards.manifest)

@@ -10,6 +10,7 @@ and the sha256 that it lists (README.md, for people, is not listed). Folders are
 hidden name and renamed.
 """
 
+import contextlib
 import re
 import reprlib
 import shutil
@@ -105,12 +106,9 @@ def _files_of(folder: Path) -> dict[str, Any]:
 
     The checksums were verified, or written, by this process: they are not read a second time.
     """
-    try:
-        state, expected = _read_marker(folder)
-        _check_sizes(folder, expected)
-    except UserError:
-        return {}
-    return state["files"]
+    with contextlib.suppress(UserError):
+        return _read_marker(folder)[0]["files"]
+    return {}
 
 
 def newest_checkpoint(save_dir: Path, warn: Callable[[str], None] = print) -> Checkpoint | None:
@@ -141,7 +139,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             name is that of another step: names it.
     """
     state, expected = _read_marker(folder)
-    _check_sizes(folder, expected)
     for name, (_, digest) in expected.items():
         if file_sha256(folder / name) != digest:
             raise _damaged(folder / name)
@@ -149,7 +146,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _read_marker(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, str]]]:
-    """training_state.json, and the bytes and sha256 of each file that it lists."""
+    """training_state.json, and the bytes and sha256 of each file that it lists; all are there."""
     marker = folder / STATE_FILE
     if not is_plain_file(marker):
         raise UserError(f"{folder} is incomplete: it has no {STATE_FILE}")
@@ -169,16 +166,13 @@ def _read_marker(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, str
         raise UserError(f"{marker} is damaged: step {reprlib.repr(step)}, {len(expected)} files")
     if is_checkpoint_name(folder.name) and folder.name != checkpoint_name(step):
         raise UserError(f"{folder} is not what its name says: it holds step {step}")
-    return state, expected
-
-
-def _check_sizes(folder: Path, expected: dict[str, tuple[int, str]]) -> None:
     for name, (n_bytes, _) in expected.items():
         path = folder / name
         if Path(name).name != name or "\0" in name or not is_plain_file(path):
             raise UserError(f"{folder} is incomplete: {name} is missing")
         if path.stat().st_size != n_bytes:
             raise _damaged(path)
+    return state, expected
 
 
 def _damaged(path: Path) -> UserError:

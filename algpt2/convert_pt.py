@@ -61,8 +61,8 @@ def export_gpt2(checkpoint: str, out: Path, *, overwrite: bool = False) -> GPT2C
         raise UserError(f"{out} is a checkpoint of a run or a file: expected a folder of its own")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise UserError(f"{out} is not empty: choose another folder, or --overwrite its files")
-    config, tensors = load_as_gpt2(checkpoint)
     source = find_checkpoint(Path(checkpoint), log) if Path(checkpoint).exists() else checkpoint
+    config, tensors = load_as_gpt2(str(source))
     tokenizer = load_tokenizer(str(source))
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -106,15 +106,15 @@ def file_sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+def locked(path: Path, busy: str | None = None) -> Iterator[None]:
     """Hold a folder, or a file that is made for this, alone among the processes of this machine.
 
     The lock ends with its process, however that ends, and a link is not followed (`OSError`).
-    Not `filelock`: it cannot hold a folder, and shards would get a lock file. A file system
-    without locks, and Windows, give none.
+    Not `filelock`, which cannot hold a folder: shards would get a lock file. Windows and file
+    systems without locks give none.
 
-    Raises:
-        BlockingIOError: another process holds it, and this one is not to `wait`.
+    Args:
+        busy: the message of the `UserError` if another process holds it; None: wait.
     """
     if fcntl is None:
         yield
@@ -125,10 +125,11 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         descriptor = no_links(path, os.O_WRONLY | os.O_CREAT)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            if isinstance(error, BlockingIOError):
-                raise
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise UserError(busy) from None
+        except OSError:  # no locks here
+            pass
         yield
     finally:
         os.close(descriptor)

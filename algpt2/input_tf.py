@@ -126,21 +126,6 @@ def _find_shards(flag: str, paths: Sequence[str]) -> Shards:
     return shards
 
 
-def find_fitting_shards(
-    train_path: Sequence[str], val_path: Sequence[str], seq_len: int | None,
-    config: dict[str, Any], exact: bool, n_hosts: int,
-) -> tuple[Shards, Shards]:  # fmt: skip
-    """The shards of `--train_path` and `--val_path`, which fit hosts and model.
-
-    Raises:
-        UserError: as `find_shards`, `check_shards`.
-    """
-    train, val = find_shards("--train_path", train_path), find_shards("--val_path", val_path)
-    check_shards("--train_path", train, n_hosts, seq_len, config, exact)
-    check_shards("--val_path", val, 1, seq_len, config, exact)
-    return train, val
-
-
 def check_shards(
     flag: str, shards: Shards, n_hosts: int, seq_len: int | None, config: dict[str, Any],
     exact: bool,

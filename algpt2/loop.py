@@ -8,7 +8,6 @@ A stop (signal, `--max_minutes`) is obeyed between two steps and between two bat
 between them: an evaluation under way is left, and the next start does what that step still lacks.
 """
 
-import abc
 import math
 import os
 import signal
@@ -17,9 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
 
 from .checkpoints import (
@@ -83,36 +81,19 @@ class StopRequest:
             raise Stopped
 
 
-class AnyProcesses(Protocol):
-    """What the trainer knows of the processes that train together."""
-
-    low_precision: bool  # of matrix products
-
-    def any(self, flag: bool) -> bool:
-        """True on every process as soon as it is on one."""
-
-    def barrier(self) -> None:
-        """Return when every process is here."""
-
-
-class Inputs(Protocol):
-    """Where the tokens of a step come from."""
-
-    seq_len: int
-
-    def row_ids(self, step: int) -> list[int] | None:
-        """Ids of the rows of `step`, of all processes; None: not known without reading them."""
-
-
 @dataclass(eq=False)
-class Trainer(abc.ABC):
-    """A model in training: what a step changes and a checkpoint holds."""
+class Trainer:
+    """A model in training: what a step changes and a checkpoint holds.
+
+    A framework fills in `build_parts`, `evaluate`, `sample_texts`, `train_steps`, `parameters`,
+    `is_finite`, `arrays`, `state_tensors`, `load_state_tensors`, `load_tensors`, `save_tensors`.
+    """
 
     model: Any
     optimizer: Any
     options: TrainOptions
-    processes: AnyProcesses
-    inputs: Inputs
+    processes: Any  # of processes_pt.py or processes_tf.py
+    inputs: Any  # of batches.py or input_tf.py: the tokens of a step
     n_steps: int
     tokenizer: TextTokenizer | None = None  # None: unknown; checkpoints lack it
     val_rows: Any = None
@@ -123,14 +104,18 @@ class Trainer(abc.ABC):
     stop: StopRequest = field(default_factory=StopRequest)
     guard: StepGuard = field(init=False)  # judges each step before its update
     run: Run = field(init=False)  # of `fit`
+    steps_per_call = 1
 
     def __post_init__(self) -> None:
+        report = self.options.report
         self.guard = StepGuard(self.options.optim.skip_outliers)
+        self.eval_steps = report.eval_steps or max(1, self.n_steps // 10)
+        self.save_steps = report.save_steps or self.eval_steps
 
     @classmethod
     def build(
-        cls, options: TrainOptions, start: Start, inputs: Inputs, val_rows: Any,
-        processes: AnyProcesses, run: Run,
+        cls, options: TrainOptions, start: Start, inputs: Any, val_rows: Any,
+        processes: Any, run: Run,
     ) -> "Trainer":  # fmt: skip
         """Model and optimizer of a new run, or in the state of its checkpoint."""
         if run.checkpoint:
@@ -143,52 +128,6 @@ class Trainer(abc.ABC):
         if run.checkpoint:
             trainer.load(run.checkpoint)
         return trainer
-
-    # --- what a framework fills in ---
-
-    steps_per_call = 1
-    evaluate: ClassVar[Callable[..., float]]  # mean loss of a model over rows
-    sample_texts: ClassVar[Callable[..., list[str]]]
-    load_tensors: ClassVar[Callable[[Path], dict[str, Any]]]  # of a .safetensors file
-    save_tensors: ClassVar[Callable[[dict[str, Any], Path], None]]
-
-    @staticmethod
-    @abc.abstractmethod
-    def build_parts(
-        options: TrainOptions, start: Start, processes: AnyProcesses
-    ) -> tuple[Any, Any]:
-        """The model and its optimizer."""
-
-    @abc.abstractmethod
-    def train_steps(self, n: int) -> tuple[float, float]:
-        """Take `n` optimizer steps; loss (nats per token of the global batch) and norm of the last.
-
-        A step that `--skip_outliers` leaves out counts, but changes neither weights nor optimizer.
-
-        Raises:
-            NonFiniteError: of the first step whose loss or gradient norm is NaN or infinite; the
-                weights are those before that step.
-        """
-
-    @abc.abstractmethod
-    def parameters(self) -> dict[str, Any]:
-        """Each stored parameter under PyTorch's name."""
-
-    @abc.abstractmethod
-    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """What histograms are drawn of."""
-
-    @abc.abstractmethod
-    def is_finite(self, tensor: Any) -> bool:
-        """Whether a tensor has neither NaN nor Inf."""
-
-    @abc.abstractmethod
-    def state_tensors(self) -> dict[str, Any]:
-        """The optimizer's state as `{parameter name}/{slot}`, equal in both frameworks."""
-
-    @abc.abstractmethod
-    def load_state_tensors(self, tensors: dict[str, Any]) -> None:
-        """Inverse of `state_tensors`; `UserError` for the state of another model or optimizer."""
 
     # --- one step ---
 
@@ -210,10 +149,6 @@ class Trainer(abc.ABC):
             step, schedule=optim.lr_schedule, n_steps=self.n_steps, warmup_steps=optim.warmup_steps,
             min_lr_ratio=optim.min_lr_ratio, decay_ratio=optim.decay_ratio,
         )  # fmt: skip
-
-    def train_step(self) -> tuple[float, float]:
-        """One optimizer step: see `train_steps`."""
-        return self.train_steps(1)
 
     def hint(self) -> Hint:
         """What to say if the coming step is bad."""
@@ -288,16 +223,6 @@ class Trainer(abc.ABC):
         if self.guard.skipped:
             log(f"skipped as outliers: {self.guard.skipped:,} of {self.step:,} steps")
         return self.is_done()
-
-    @property
-    def eval_steps(self) -> int:
-        """Steps between evaluations."""
-        return self.options.report.eval_steps or max(1, self.n_steps // 10)
-
-    @property
-    def save_steps(self) -> int:
-        """Steps between checkpoints."""
-        return self.options.report.save_steps or self.eval_steps
 
     def take_steps(self) -> None:
         """A call's steps, but not beyond the next one that is reported or saved."""

@@ -14,7 +14,7 @@ from .console import is_main_process, log, process_index
 from .errors import PeerGoneError, UserError, describe
 from .memory import keep_freed_memory
 from .options import OptimOptions, TFTrainOptions
-from .tpu import build_strategy
+from .strategy_tf import build_strategy
 
 GONE = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError)
 

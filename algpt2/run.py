@@ -147,11 +147,7 @@ def hold(save_dir: Path) -> Iterator[None]:
         raise UserError(f"save_dir {save_dir} is a file: expected a folder")
     save_dir.mkdir(parents=True, exist_ok=True)
     check_entries(save_dir)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(save_dir / LOCK_FILE, wait=False))
-        except BlockingIOError:
-            raise UserError(f"save_dir {save_dir} is in use by another process") from None
+    with locked(save_dir / LOCK_FILE, f"save_dir {save_dir} is in use by another process"):
         yield
 
 

@@ -180,12 +180,19 @@ class Trainer(loop.Trainer):
         return model, build_optimizer(model, options.optim, lr)
 
     def train_steps(self, n: int) -> tuple[float, float]:
+        """Take `n` optimizer steps; loss and gradient norm of the last."""
         for _ in range(n):
             loss, norm = self.train_step()
         return loss, norm
 
     def train_step(self) -> tuple[float, float]:
-        """One optimizer step, on the rows of this process: see `loop.Trainer.train_steps`."""
+        """One optimizer step: mean loss in nats per token of the global batch, and gradient norm.
+
+        A step that `--skip_outliers` leaves out counts, but changes neither weights nor optimizer.
+
+        Raises:
+            NonFiniteError: loss or gradient is NaN or infinite; raised before the update.
+        """
         optim, processes, scaler = self.options.optim, self.processes, self.scaler
         seed_step(optim.seed, self.step, processes.rank)
         self.model.train()
