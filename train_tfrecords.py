@@ -45,7 +45,7 @@ def train(flags: TFRecordOptions) -> int | None:
     options, n_rows = flags.train_options(), flags.optim.train_len
     processes = start_processes(options, flags.tpu)
     start = Start.find(options.model)
-    data, fits = options.data, (options.data.seq_len, start.config(), start.exact)
+    data, fits = options.data, (options.data.seq_len, start.config(), not options.model.checkpoint)
     shards = find_shards("--train_path", data.train_path)
     val_shards = find_shards("--val_path", data.val_path)
     check_shards("--train_path", shards, processes.n_hosts, *fits)

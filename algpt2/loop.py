@@ -104,6 +104,7 @@ class Trainer:
     stop: StopRequest = field(default_factory=StopRequest)
     guard: StepGuard = field(init=False)  # judges each step before its update
     run: Run = field(init=False)  # of `fit`
+    seconds, first_step = 0.0, 0  # of training since the last line of metrics, and its step
     steps_per_call = 1
 
     def __post_init__(self) -> None:
@@ -204,7 +205,8 @@ class Trainer:
         evaluation longer than `--max_minutes` would never end.
         """
         report, stop = self.options.report, self.stop
-        max_s, self.meter = 60 * (report.max_minutes or math.inf), Speedometer(self)
+        max_s = 60 * (report.max_minutes or math.inf)
+        self.seconds, self.first_step = 0.0, self.step
         with stop.listening():
             while not self.is_done():
                 resumed = self.unreported is not None
@@ -212,7 +214,7 @@ class Trainer:
                     self.take_steps()
                     stop.max_s = max_s
                 if self.report_step():
-                    self.meter.restart()
+                    self.seconds, self.first_step = 0.0, self.step
                 stop.max_s = max_s
                 stopping = self.unreported is not None or self.processes.any(bool(stop))
                 last = self.step == self.n_steps
@@ -237,7 +239,7 @@ class Trainer:
         loss, norm = self.train_steps(n)
         step_s = time.monotonic() - start_s
         self.elapsed_s += step_s
-        self.meter.seconds += step_s
+        self.seconds += step_s
         self.run.report.progress.update(n, f"loss {loss:.3f}")
         self.unreported = self.step_metrics(loss, norm)
 
@@ -248,13 +250,14 @@ class Trainer:
         `skipped`, with `--skip_outliers`, counts the steps of the run without an update.
         """
         skipped = {} if self.guard.z is None else {"skipped": self.guard.skipped}
+        n_tokens = (self.step - self.first_step) * self.tokens_per_step
         return {
             "step": self.step,
             "tokens": self.step * self.tokens_per_step,
             "loss": loss if math.isfinite(loss) else None,
             "lr": self.peak_lr * self.lr_factor(self.step - 1),
             "grad_norm": norm if math.isfinite(norm) else None,
-            "tokens_per_s": self.meter.tokens_per_s(),
+            "tokens_per_s": n_tokens / max(1e-9, self.seconds),
             "elapsed_s": self.elapsed_s,
             **skipped,
         }
@@ -405,20 +408,3 @@ def last_checkpoint(save_dir: str) -> str:
     """A clause for error messages: from which checkpoint a stopped run can go on."""
     checkpoint = newest_checkpoint(local_folder(save_dir), log)
     return f"the last good checkpoint is {checkpoint.folder}" if checkpoint else "no checkpoint yet"
-
-
-class Speedometer:
-    """Training seconds and steps since the last line of metrics, evaluations left out."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget what was measured."""
-        self.seconds, self.first_step = 0.0, self.trainer.step
-
-    def tokens_per_s(self) -> float:
-        """Speed since the last restart."""
-        n_steps = self.trainer.step - self.first_step
-        return n_steps * self.trainer.tokens_per_step / max(1e-9, self.seconds)

@@ -63,19 +63,13 @@ class Start:
 
     @property
     def name(self) -> str:
-        """The last part of the checkpoint's path, as evaluations and cards name it."""
+        """The last part of its path, as evaluations name it."""
         return Path(self.source).resolve().name
 
     @property
     def loads_weights(self) -> bool:
-        """Whether the weights are the checkpoint's; else they are drawn, or `init_from` gives
-        them."""
+        """Whether the weights are those of `source`; else they are new."""
         return bool(self.options.checkpoint and not self.options.from_scratch)
-
-    @property
-    def exact(self) -> bool:
-        """Whether the vocabulary is the tokenizer's; a checkpoint's may be padded to a larger."""
-        return not self.options.checkpoint
 
     @property
     def result_folder(self) -> Path:
@@ -92,6 +86,20 @@ class Start:
             self.options, checkpoint=str(checkpoint.folder), from_scratch=False, init_from=None
         )
         return replace(self, options=options, source=checkpoint.folder, init_from=None)
+
+    def check_fits(self, config: dict[str, Any]) -> None:
+        """`UserError` if the tokenizer and the model of a config.json disagree, or a row is longer
+        than the positions. A checkpoint's vocabulary may be padded to a larger one."""
+        if self.tokenizer is None:
+            return
+        n_ids = self.tokenizer.vocab_size - self.tokenizer.n_new_codes  # which get embeddings
+        n_embeddings, exact = config.get("vocab_size", n_ids), not self.options.checkpoint
+        if n_ids > n_embeddings or (exact and n_ids != n_embeddings):
+            raise UserError(
+                f"the tokenizer has {n_ids:,} entries and the model {n_embeddings:,}: expected the "
+                f"same; choose another --tokenizer, or train one with --vocab_size {n_embeddings}"
+            )
+        check_rows_fit(self.seq_len, config)
 
     def with_shards(self, data: DataOptions, manifest: Manifest) -> "Start":
         """The start of a run on packed shards: with their tokenizer, if it is here."""
@@ -196,27 +204,8 @@ def choose_tokenizer(start: Start, data: DataOptions, *, trains: bool = True) ->
             "code"
         )
     if folder is not None:
-        check_model_fits(read_config(folder), tokenizer, data.seq_len, exact=start.exact)
+        replace(start, tokenizer=tokenizer, seq_len=data.seq_len).check_fits(read_config(folder))
     return tokenizer
-
-
-def check_model_fits(
-    config: dict[str, Any], tokenizer: TextTokenizer, seq_len: int | None, *, exact: bool
-) -> None:
-    """`UserError` if tokenizer and model disagree or a row is longer than the positions.
-
-    Args:
-        config: the content of a config.json.
-        exact: the vocabularies have equal size; else the model's may be padded to a larger one.
-    """
-    n_ids = tokenizer.vocab_size - tokenizer.n_new_codes  # which get embeddings
-    n_embeddings = config.get("vocab_size", n_ids)
-    if n_ids > n_embeddings or (exact and n_ids != n_embeddings):
-        raise UserError(
-            f"the tokenizer has {n_ids:,} entries and the model {n_embeddings:,}: expected the "
-            f"same; choose another --tokenizer, or train one with --vocab_size {n_embeddings}"
-        )
-    check_rows_fit(seq_len, config)
 
 
 def check_rows_fit(seq_len: int | None, config: dict[str, Any]) -> None:

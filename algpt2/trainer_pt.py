@@ -24,7 +24,7 @@ from .options import TrainOptions
 from .processes_pt import Processes
 from .run import peak_lr
 from .sampling_pt import sample_texts
-from .start import Start, check_model_fits
+from .start import Start
 from .tfrecords import PackedRows
 
 # A gradient that overflows here, after 30 halvings of the scaler's, is infinite at any scale.
@@ -46,7 +46,7 @@ def build_model(start: Start) -> nn.Module:
     source, options, tokenizer = start.source, start.options, start.tokenizer
     try:
         config = AutoConfig.from_pretrained(source)
-        check_model_fits(config.to_dict(), tokenizer, start.seq_len, exact=start.exact)
+        start.check_fits(config.to_dict())
         check_memory(count_parameters(config))
         if start.loads_weights:
             # Never a pickle: a .bin file is refused, even where safetensors are missing.

@@ -19,16 +19,15 @@ from .configuration_algpt2 import ALGPT2Config
 from .console import log
 from .errors import PeerGoneError, UserError, describe
 from .guard import MIN_STEPS, StepGuard
-from .kernels_tf_algpt2 import LOSS_ROWS_CPU
 from .loop import Metrics
-from .memory import check_memory, memory_bytes
+from .memory import check_memory
 from .modeling_tf_algpt2 import TFALGPT2LMHeadModel
 from .optimizers_tf import build_optimizer
 from .options import OptimOptions, TFTrainOptions
 from .processes_tf import Processes, peers_may_go
 from .run import peak_lr
 from .sampling_tf import sample_texts
-from .start import Start, check_model_fits
+from .start import Start
 from .tfrecords import PackedRows
 
 CHECKED_BATCHES = 8  # of an evaluation: to ask all workers takes 4 ms of a core
@@ -47,8 +46,7 @@ def build_model(start: Start, dtype: str = "float32", seed: int = 0) -> TFALGPT2
     try:
         config = ALGPT2Config.from_pretrained(source)
         check_memory(config.stored_parameters())
-        if tokenizer is not None:
-            check_model_fits(config.to_dict(), tokenizer, start.seq_len, exact=start.exact)
+        start.check_fits(config.to_dict())
         if start.loads_weights:
             model = TFALGPT2LMHeadModel.from_pretrained(source, dtype=dtype)
         else:
@@ -74,30 +72,6 @@ def add_embeddings(model: TFALGPT2LMHeadModel, vocab_size: int, dtype: str) -> T
     larger = TFALGPT2LMHeadModel(model.config, dtype=dtype)
     larger.load_state_dict(state)
     return larger
-
-
-def check_pass_fits(
-    model: TFALGPT2LMHeadModel, options: TFTrainOptions, seq_len: int, processes: Processes
-) -> None:
-    """`UserError` if the attention weights of one forward pass are more than the memory here.
-
-    On CPUs only, where the kernel would kill the process; an accelerator's library says it itself.
-    """
-    if model.loss_rows != LOSS_ROWS_CPU:
-        return
-    config, batch_size = model.config, options.optim.batch_size
-    n_held = 1 if options.model.gradient_checkpointing else config.n_layer
-    item_bytes = 4 if processes.dtype == "float32" else 2
-    row_bytes = n_held * config.n_head * seq_len**2 * item_bytes
-    n_bytes, memory = batch_size // processes.count * row_bytes, memory_bytes()
-    if n_bytes > memory:
-        most = max(1, memory // row_bytes * processes.count // 2)  # half: there is more to hold
-        rows = next(n for n in range(most, 0, -1) if batch_size % n == 0)
-        raise UserError(
-            f"--batch_size {batch_size}: a forward pass holds {n_bytes / 1e9:,.0f} GB of attention "
-            f"weights, this machine {memory / 1e9:,.0f} GB of memory; the same steps in parts: "
-            f"--batch_size {rows} --grad_steps {options.optim.grad_steps * batch_size // rows}"
-        )
 
 
 # --- loss ----------------------------------------------------------------------------------------
@@ -345,7 +319,6 @@ class Trainer(loop.Trainer):
     ) -> tuple[TFALGPT2LMHeadModel, Any]:
         with processes.strategy.scope():
             model = build_model(start, processes.dtype, options.optim.seed)
-            check_pass_fits(model, options, start.seq_len, processes)
             lr = peak_lr(options.optim, options.model)
             return model, build_optimizer(model, options.optim, lr)
 
@@ -388,7 +361,7 @@ class Trainer(loop.Trainer):
     def write_metrics(self, line: Metrics) -> None:
         """`input_wait`: share of the time since the last line in which tokens were waited for."""
         waited_s, self.waited_s = self.inputs.wait_s - self.waited_s, self.inputs.wait_s
-        super().write_metrics(line | {"input_wait": waited_s / max(1e-9, self.meter.seconds)})
+        super().write_metrics(line | {"input_wait": waited_s / max(1e-9, self.seconds)})
 
     def parameters(self) -> dict[str, np.ndarray]:
         return {name: v.numpy() for name, v in self.model.named_parameters().items()}

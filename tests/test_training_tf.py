@@ -9,7 +9,6 @@ import tensorflow as tf
 from helpers import random_rows
 from rounding import distances, sum_tolerance
 
-from algpt2 import trainer_tf
 from algpt2.configuration_algpt2 import ALGPT2Config
 from algpt2.errors import NonFiniteError, UserError
 from algpt2.input_tf import RowInputs
@@ -126,19 +125,6 @@ def test_xla_compiles_the_whole_step(optimizer):
     for name, weight in weights(plain).items():
         if "c_attn.bias" not in name:  # a key's bias has no gradient but rounding
             np.testing.assert_allclose(weights(trainer)[name], weight, rtol=2e-3, atol=2e-4)
-
-
-def test_a_pass_that_no_memory_holds_is_refused_with_one_that_fits(monkeypatch):
-    trainer = make_trainer(batch_size=12, grad_steps=2)
-    row_bytes = 3 * 2 * 16**2 * 4  # layers, heads, tokens squared, float32
-    arguments = (trainer.model, trainer.options, 16, CPU)
-    monkeypatch.setattr(trainer_tf, "memory_bytes", lambda: 12 * row_bytes)
-    trainer_tf.check_pass_fits(*arguments)
-    monkeypatch.setattr(trainer_tf, "memory_bytes", lambda: 11 * row_bytes)
-    with pytest.raises(UserError, match=r"in parts: --batch_size 4 --grad_steps 6$"):
-        trainer_tf.check_pass_fits(*arguments)
-    trainer.model.loss_rows += 1  # on an accelerator
-    trainer_tf.check_pass_fits(*arguments)
 
 
 def test_compile_is_the_same_step():
