@@ -50,7 +50,7 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Whether this process was asked to stop: by SIGTERM, SIGINT or the clock."""
+    """Whether SIGTERM, SIGINT or the clock asked this process to stop."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -178,8 +178,11 @@ class Trainer:
         return done
 
     def finish(self, done: bool) -> int | None:
-        """The last words of a run and its exit code; of a run that is done also its before and
-        after, and its upload."""
+        """Copy the run to its URL, print how it ended, upload the model of a finished run.
+
+        Returns:
+            The exit code of the script.
+        """
         save_dir, report = self.run.folder, self.options.report
         copied = copy_or_warn(report, self.step)
         log(f"{'done' if done else 'stopped'} at step {self.step}: {report.save_dir}")
@@ -227,7 +230,7 @@ class Trainer:
         return self.is_done()
 
     def take_steps(self) -> None:
-        """A call's steps, but not beyond the next one that is reported or saved."""
+        """Take the steps of one call; a step that is reported or saved ends the call."""
         report = self.options.report
         periods = (
             self.eval_steps, self.save_steps, report.logging_steps, report.hist_steps,
@@ -263,8 +266,11 @@ class Trainer:
         }
 
     def report_step(self) -> bool:
-        """Evaluate and sample if it is time, then write the metrics of the last step; True if
-        written. If a stop ends the evaluation they stay `unreported`."""
+        """Evaluate and sample if it is time, then write the metrics of the last step.
+
+        Returns:
+            Whether a line was written. A stop during the evaluation leaves it `unreported`.
+        """
         report, step = self.options.report, self.step
         is_last = step == self.n_steps
         evaluates = is_last or step % self.eval_steps == 0
@@ -294,7 +300,7 @@ class Trainer:
             raise Stopped
 
     def on_main_only(self, work: Callable[[], None]) -> None:
-        """Do what has an effect on process 0 alone; if it leaves `work`, all processes do."""
+        """Run `work`, which only process 0 has; if a stop ends it there, stop all processes."""
         left = False
         try:
             work()
@@ -316,7 +322,7 @@ class Trainer:
         return text_metrics(loss, text_totals(self.val_rows.manifest))
 
     def sample(self) -> None:
-        """Samples of the model as it is now, behind the first control code (process 0)."""
+        """Report samples of the model as it is now, after the first control code (process 0)."""
         if self.tokenizer is None or not is_main_process():
             return
         sample, code = self.options.sample, (self.options.data.control_codes or (None,))[0]
@@ -383,7 +389,7 @@ class Trainer:
         }  # fmt: skip
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """The state of a checkpoint but its weights, which the model was built with.
+        """Load a checkpoint's state; `build_model` has loaded its weights.
 
         Raises:
             UserError: it is not of this model and optimizer.

@@ -51,7 +51,7 @@ class Rows(Protocol):
 
 @dataclass
 class Run:
-    """A run that this process holds; `Run.open` makes one."""
+    """A run whose folder this process holds; `Run.open` opens it."""
 
     folder: Path  # on this machine; of a URL it is in the cache
     record: dict[str, Any]  # the content of run.json
@@ -63,7 +63,9 @@ class Run:
     def open(
         options: TrainOptions, train: Rows, val: Rows, processes: Any, n_rows: int | None = None
     ) -> Iterator["Run"]:
-        """Hold the folder of `--save_dir` on this machine; of a URL, brought up to date.
+        """Hold the folder of `--save_dir`; continue the run in it, or begin one.
+
+        A run at a URL is downloaded into the cache first, and uploaded again if the body fails.
 
         Args:
             processes: of processes_pt.py or processes_tf.py.
@@ -86,7 +88,7 @@ class Run:
                 raise
 
     def summary(self, step: int, done: bool) -> str:
-        """What is printed when a run starts: options, derived numbers, where it stands."""
+        """The lines printed when a run starts: options, derived numbers, the step reached."""
         run = self.record
         lines = [
             f"{group}: {_flags(flags)}"
@@ -152,8 +154,8 @@ def hold(save_dir: Path) -> Iterator[None]:
 
 
 def check_entries(save_dir: Path) -> None:
-    """`UserError` if a link, pipe, folder or file in save_dir has a name that a run writes to, or
-    reads, as something else: nothing is written through a link."""
+    """`UserError` if a name of the run's files is taken by a link, a pipe or a folder: a run writes
+    nothing through a link."""
     for path in sorted(save_dir.iterdir()):
         is_folder = is_checkpoint_name(path.name)
         if not is_folder and path.name not in FILES_OF_RUN:

@@ -36,7 +36,7 @@ DEFAULT_CONFIG = "algpt2-tiny"
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from; `Start.find` has verified its checkpoints, nobody does it again."""
+    """What a run starts from. `Start.find` verifies its checkpoints; no other function does."""
 
     options: ModelOptions
     source: Path | str  # folder of `--checkpoint` or `--config`, or a name on the hub
@@ -46,7 +46,7 @@ class Start:
 
     @classmethod
     def find(cls, options: ModelOptions) -> "Start":
-        """The start of `--checkpoint`, `--config` and `--init_from`, their checksums verified.
+        """Find `--checkpoint` or `--config`, and `--init_from`; verify their checksums.
 
         Raises:
             UserError: unknown config, a run without a complete checkpoint, a damaged checkpoint.
@@ -58,30 +58,30 @@ class Start:
 
     @property
     def folder(self) -> Path | None:
-        """The folder that it starts from; None for a name on the hub."""
+        """The folder on this machine; None for a name on the hub."""
         return self.source if isinstance(self.source, Path) else None
 
     @property
     def name(self) -> str:
-        """The last part of its path, as evaluations name it."""
+        """The last part of the path: the name of a checkpoint in tables."""
         return Path(self.source).resolve().name
 
     @property
     def loads_weights(self) -> bool:
-        """Whether the weights are those of `source`; else they are new."""
+        """Whether the model takes the weights of `source`."""
         return bool(self.options.checkpoint and not self.options.from_scratch)
 
     @property
     def result_folder(self) -> Path:
-        """Where evaluations of a checkpoint are kept: in its run's folder, in its own if it is of
-        no run, in the current folder for a name on the hub."""
+        """The folder for evaluations: the run's folder for a run's checkpoint, else the folder of
+        the weights, or the current folder for a name on the hub."""
         folder = self.folder
         if folder is None:
             return Path()
         return folder.parent if folder in checkpoint_folders(folder.parent) else folder
 
     def continued(self, checkpoint: Checkpoint) -> "Start":
-        """The start of a run that goes on at its own checkpoint."""
+        """The start of a run that continues from its own checkpoint."""
         options = replace(
             self.options, checkpoint=str(checkpoint.folder), from_scratch=False, init_from=None
         )
@@ -102,7 +102,7 @@ class Start:
         check_rows_fit(self.seq_len, config)
 
     def with_shards(self, data: DataOptions, manifest: Manifest) -> "Start":
-        """The start of a run on packed shards: with their tokenizer, if it is here."""
+        """The start of a run on packed shards, with their tokenizer if this machine has it."""
         tokenizer = tokenizer_of(self, data, manifest)
         return replace(self, tokenizer=tokenizer, seq_len=manifest.seq_len)
 
@@ -110,7 +110,7 @@ class Start:
         """The whole configuration, defaults included.
 
         Raises:
-            UserError: unknown, or not a GPT-2 or ALGPT2.
+            UserError: `source` is not there, or not a GPT-2 or ALGPT2.
         """
         from .configuration_algpt2 import ALGPT2Config
 
@@ -139,7 +139,7 @@ def find_start(options: TrainOptions) -> Start:
 
 
 def starts_from_weights(model: ModelOptions) -> bool:
-    """Whether a new run starts from trained weights: then there is a before to compare with."""
+    """Whether a new run starts from trained weights, so that it has metrics before training."""
     return bool(model.init_from or (model.checkpoint and not model.from_scratch))
 
 

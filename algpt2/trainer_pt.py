@@ -179,12 +179,6 @@ class Trainer(loop.Trainer):
         lr = peak_lr(options.optim, options.model)
         return model, build_optimizer(model, options.optim, lr)
 
-    def train_steps(self, n: int) -> tuple[float, float]:
-        """Take `n` optimizer steps; loss and gradient norm of the last."""
-        for _ in range(n):
-            loss, norm = self.train_step()
-        return loss, norm
-
     def train_step(self) -> tuple[float, float]:
         """One optimizer step: mean loss in nats per token of the global batch, and gradient norm.
 
@@ -232,6 +226,12 @@ class Trainer(loop.Trainer):
         allowed = self.guard.allows(loss, norm)
         self.guard.record(self.step + 1, loss, norm, allowed, self.hint)
         return allowed
+
+    def train_steps(self, n: int) -> tuple[float, float]:
+        """Take `n` optimizer steps; loss and gradient norm of the last."""
+        for _ in range(n):
+            loss, norm = self.train_step()
+        return loss, norm
 
     def parameters(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters())

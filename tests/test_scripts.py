@@ -74,3 +74,14 @@ def test_tensorflow_says_nothing_before_the_scripts_do(script, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_the_two_trainers_have_the_same_names_in_the_same_order():
+    columns = []
+    for framework in ("pt", "tf"):
+        tree = ast.parse((ROOT / f"algpt2/trainer_{framework}.py").read_text())
+        columns.append([node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)])
+    pt, tf = columns
+    shared = {*pt} & {*tf}
+    assert [name for name in pt if name in shared] == [name for name in tf if name in shared]
+    assert {"build_model", "mean_loss", "evaluate", "train_step", "state_tensors"} <= shared
