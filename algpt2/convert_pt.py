@@ -26,26 +26,25 @@ def load_as_gpt2(source: str) -> tuple[GPT2Config, Tensors]:
     """Configuration and weights of the stock GPT-2 that equals an ALGPT2 or GPT-2 checkpoint.
 
     Args:
-        source: folder of a run or a checkpoint, or a name on the hub.
+        source: folder of a checkpoint, verified by the caller, or a name on the hub.
     Raises:
         UserError: `source` is not there, damaged, or of another model.
     """
-    folder = find_checkpoint(Path(source), log) if Path(source).exists() else source
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = ALGPT2Config.from_pretrained(folder)
+        config = ALGPT2Config.from_pretrained(source)
         check_memory(config.stored_parameters())
         model, loading = ALGPT2LMHeadModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
         if missing := sorted(loading["missing_keys"]):
-            raise UserError(f"the weights in {folder} lack {missing[0]} ({len(missing)} in all)")
+            raise UserError(f"the weights in {source} lack {missing[0]} ({len(missing)} in all)")
     except UserError:
         raise
     except Exception as error:  # a damaged file can make transformers raise anything
         place = "" if Path(source).exists() else "no such folder, and from the hub: "
         reason = place + describe(error)[:500]
-        raise UserError(f"cannot load an ALGPT2 or GPT-2 from {folder}: {reason}") from error
+        raise UserError(f"cannot load an ALGPT2 or GPT-2 from {source}: {reason}") from error
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     return GPT2Config(**gpt2_config(model.config)), gpt2_tensors(model.config, tensors)
 
@@ -62,8 +61,8 @@ def export_gpt2(checkpoint: str, out: Path, *, overwrite: bool = False) -> GPT2C
         raise UserError(f"{out} is a checkpoint of a run or a file: expected a folder of its own")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise UserError(f"{out} is not empty: choose another folder, or --overwrite its files")
-    config, tensors = load_as_gpt2(checkpoint)
     source = find_checkpoint(Path(checkpoint), log) if Path(checkpoint).exists() else checkpoint
+    config, tensors = load_as_gpt2(str(source))
     tokenizer = load_tokenizer(str(source))
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

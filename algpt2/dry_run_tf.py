@@ -1,4 +1,4 @@
-"""The training step of training_tf.py as the program that one core of a TPU slice would run."""
+"""The training step of trainer_tf.py as the program that one core of a TPU slice would run."""
 
 import warnings
 from typing import Any
@@ -10,9 +10,10 @@ from .dry_run import DryRun, Slice
 from .errors import UserError
 from .input_tf import find_shards
 from .kernels_tf_algpt2 import LOSS_ROWS
+from .optimizers_tf import build_optimizer
 from .options import RowOptions, TFRecordOptions, TFTrainOptions
-from .runs import check_rows_fit, source_config
-from .training_tf import build_model, build_optimizer, build_step
+from .start import Start, check_rows_fit
+from .trainer_tf import build_model, build_step
 
 
 def run(flags: TFRecordOptions, tpu: Slice) -> None:
@@ -35,7 +36,7 @@ def prepare(flags: TFRecordOptions, tpu: Slice) -> DryRun:
         UserError: no such model, shards that are not there, rows longer than its positions.
     """
     options = flags.train_options()
-    config = source_config(options.model)
+    config = Start.find(options.model).config()
     seq_len = _seq_len(flags.data, config)
     check_rows_fit(seq_len, config)
     program = StepProgram(options, seq_len, tpu.n_cores)
@@ -81,7 +82,7 @@ class StepProgram:
         optim, dtype = options.optim, "float32"
         if optim.precision in ("auto", "bf16"):  # auto on a TPU
             dtype = "mixed_bfloat16"
-        model = build_model(options.model, None, seq_len, dtype)
+        model = build_model(Start.find(options.model), dtype)
         model.loss_rows = LOSS_ROWS
         step = build_step(model, build_optimizer(model, optim, 1e-3), optim)
 

@@ -1,7 +1,7 @@
 """What a checkpoint takes out into the world: the model's code, a card, an upload to the hub.
 
-Every trainer writes checkpoints through `checkpoints.write_checkpoint`, which calls
-`complete_checkpoint`. Such a folder loads where this project is not installed:
+The trainers call `complete_checkpoint` on every checkpoint. Such a folder loads where this project
+is not installed:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -15,12 +15,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import CARD_FILE, STATE_FILE, checkpoint_folders
+from .checkpoints import (
+    CARD_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    STATE_FILE,
+    checkpoint_folders,
+    checkpoint_name,
+)
 from .console import is_main_process, log, markdown_table
 from .errors import UserError, describe
 from .files import is_plain_file, read_record, write_json, write_text
 from .options import ReportOptions
-from .report import METRICS_FILE, RUN_FILE, read_json_lines, send_table
+from .report import read_json_lines, send_table
 from .results import checkpoint_rows, public_name, public_names
 from .tracker import run_name
 
@@ -106,7 +113,7 @@ def write_card(folder: Path, save_dir: Path, step: int) -> None:
     validated = [x for x in lines if "val_loss" in x and x["step"] <= step][-1:]
     try:
         measures = [*validation_measures(run, validated[0])] if validated else []
-        measures += checkpoint_rows(save_dir, f"checkpoint-{step:08d}")
+        measures += checkpoint_rows(save_dir, checkpoint_name(step))
         text = card_text(run_name(save_dir, run), run, step, measures)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{save_dir / RUN_FILE} is damaged: {describe(error)}") from error

@@ -9,7 +9,12 @@ variable lacks the state.
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+
+from .errors import UserError
+from .modeling_tf_algpt2 import TFALGPT2LMHeadModel
+from .options import OptimOptions
 
 
 def decay_matrix(variable: Any, amount: tf.Tensor) -> None:
@@ -182,3 +187,67 @@ class Adafactor(keras.optimizers.Optimizer):
 def rms(x: Any) -> tf.Tensor:
     """Root mean square, a scalar."""
     return tf.sqrt(tf.reduce_mean(tf.square(x)))
+
+
+def build_optimizer(model: TFALGPT2LMHeadModel, optim: OptimOptions, lr: float) -> Any:
+    """The optimizer of `--optimizer`; weight decay on matrices only (sources: above)."""
+    if optim.optimizer == "AdamW":
+        optimizer = AdamW(
+            lr, weight_decay=optim.weight_decay, beta_1=optim.beta1, beta_2=optim.beta2,
+            epsilon=1e-8,
+        )  # fmt: skip
+    elif optim.optimizer == "SGD":
+        optimizer = SGD(lr, momentum=float(optim.momentum), weight_decay=optim.weight_decay)
+    elif optim.optimizer == "Adafactor":
+        optimizer = Adafactor(lr, optim.weight_decay, optim.beta1, optim.relative_update_scale)
+    else:
+        optimizer = Muon(
+            lr, weight_decay=optim.weight_decay, momentum=optim.momentum, adam_beta_1=optim.beta1,
+            adam_beta_2=optim.beta2, epsilon=1e-8, exclude_layers=[r"\.wte\.", r"\.wpe\."],
+        )  # fmt: skip
+    optimizer.build(model.trainable_variables)
+    return optimizer
+
+
+def state_tensors(model: TFALGPT2LMHeadModel, optimizer: Any) -> dict[str, np.ndarray]:
+    """The optimizer's state as `{parameter name}/{slot}`, as optimizers_pt.py names it."""
+    # PyTorch's AdamW counts steps in float32, transformers' Adafactor in a Python number.
+    is_adafactor = isinstance(optimizer, Adafactor)
+    step = np.array(optimizer.iterations.numpy(), np.float64 if is_adafactor else np.float32)
+    tensors = {}
+    for i, name in enumerate(model.named_parameters()):
+        slots = {s: v[i] for s, v in optimizer.slots.items() if v[i] is not None}
+        tensors |= {f"{name}/{slot}": variable.numpy() for slot, variable in slots.items()}
+        if slots and "momentum_buffer" not in slots:
+            tensors[f"{name}/step"] = step
+    return tensors
+
+
+def load_state_tensors(
+    model: TFALGPT2LMHeadModel, optimizer: Any, tensors: dict[str, np.ndarray], step: int
+) -> None:
+    """Inverse of `state_tensors`.
+
+    Args:
+        step: of the run; the optimizer's own, which skipped steps are not in, goes before it.
+    Raises:
+        UserError: a tensor belongs to no parameter of the model, or a state is missing.
+    """
+    counted = [int(value) for key, value in tensors.items() if key.endswith("/step")]
+    optimizer.iterations.assign(max(counted, default=step))
+    left = {key for key in tensors if not key.endswith(("/step", "/RMS"))}
+    for i, name in enumerate(model.named_parameters()):
+        for slot, variables in optimizer.slots.items():
+            key = f"{name}/{slot}"
+            if variables[i] is not None:
+                if key not in left:
+                    raise UserError(f"the optimizer state is of another optimizer: it has no {key}")
+                if tensors[key].shape != tuple(variables[i].shape):
+                    raise UserError(
+                        f"the optimizer state is of another model: {key} is of shape "
+                        f"{tensors[key].shape}, expected {tuple(variables[i].shape)}"
+                    )
+                variables[i].assign(tensors[key])
+                left.remove(key)
+    if left:
+        raise UserError(f"the optimizer state is of another model: it has {min(left)}")

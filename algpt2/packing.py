@@ -35,7 +35,15 @@ from .detokenizers import detokenize
 from .documents import no_document
 from .encoders import ENCODERS, choose_encoder
 from .errors import UserError, describe
-from .files import CHECKSUM, content_sha256, describe_file, read_record, remove, write_record
+from .files import (
+    CHECKSUM,
+    content_sha256,
+    describe_file,
+    locked,
+    read_record,
+    remove,
+    write_record,
+)
 from .listing import identify_parts, list_parts
 from .memory import keep_freed_memory
 from .options import PackOptions, changed_options
@@ -65,11 +73,6 @@ from .token_store import (
     segments_of,
 )
 from .tokenization_algpt2 import TextTokenizer
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 WORK_FOLDER, PLAN_FILE, ENCODER_FILE = ".packing", "plan.json", "encoder.json"
 PLAN_NAME = f"{WORK_FOLDER}/{PLAN_FILE}"
@@ -439,20 +442,8 @@ def _locked(save_path: Path) -> Iterator[None]:
         raise UserError(
             f"cannot make the folder --save_path {save_path} ({describe(error)}): choose another"
         ) from None
-    if fcntl is None:
+    with locked(save_path, f"{save_path} is being packed by another process"):
         yield
-        return
-    descriptor = os.open(save_path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{save_path} is being packed by another process") from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _files_in(place: Path | RemotePath) -> dict[str, int]:

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .checkpoints import EVALUATION_FILES
 from .console import is_main_process, log, markdown_table, table
 from .errors import UserError
 from .files import is_plain_file, json_text, write_text
-from .report import EVALUATION_FILES
 
 JSON_FILE, MARKDOWN_FILE = EVALUATION_FILES
 MARKDOWN_HEAD = "<!-- written by --eval_only from evaluation.json -->"

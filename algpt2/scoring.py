@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import NonFiniteError
+from .tfrecords import Manifest
 
 Tick = Callable[[int, int], object]  # called with tokens just scored, tokens of all windows
 
@@ -114,6 +115,11 @@ class TextTotals:
     tokens: int
     words: int
     text_bytes: int
+
+
+def text_totals(manifest: Manifest) -> TextTotals:
+    """Of the text that was packed."""
+    return TextTotals(manifest.tokens, manifest.words + manifest.line_ends, manifest.text_bytes)
 
 
 def text_nats(

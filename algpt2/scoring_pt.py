@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .kernels_algpt2 import LOSS_ROWS, LOSS_ROWS_CPU
 from .modeling_algpt2 import ALGPT2LMHeadModel
+from .processes_pt import Processes
 from .scoring import Model
-from .training_pt import Processes
 
 
 def evaluation_model(

@@ -24,8 +24,6 @@ from .errors import UserError
 from .options import TrainOptions
 from .parts import CorpusCounts, Reading
 from .results import Evaluation, Measure, ResultFiles, public_names
-from .runs import check_detokenizer, choose_seq_len, open_or_pack, source_folder, text_totals
-from .runs import fingerprint as manifest_fingerprint
 from .scoring import (
     MinimalPair,
     Model,
@@ -36,7 +34,9 @@ from .scoring import (
     score_lambada,
     text_metrics,
     text_nats,
+    text_totals,
 )
+from .start import Start, check_detokenizer, open_or_pack
 from .tfrecords import MANIFEST_FILE, Manifest, PackedRows, open_rows, read_manifest
 from .tokenization_algpt2 import TextTokenizer
 
@@ -59,24 +59,22 @@ class EvalSet:
 # --- finding sets --------------------------------------------------------------------------------
 
 
-def choose_sets(options: TrainOptions, tokenizer: TextTokenizer) -> tuple[int, list[EvalSet]]:
-    """The context in tokens and the sets: those of `--eval_sets`, else the rows of `--val_path`.
+def choose_sets(options: TrainOptions, start: Start) -> list[EvalSet]:
+    """The sets of `--eval_sets`, else the rows of `--val_path`.
 
     Raises:
         UserError: as `find_sets`, `open_or_pack`.
     """
-    data, model = options.data, options.model
+    data = options.data
     if options.eval.eval_sets:
-        seq_len = choose_seq_len(replace(data, val_path=()), model, trains=False)
         sets = find_sets(options.eval.eval_sets)
         for eval_set in sets:
             if eval_set.kind == "shards":
                 (folder,) = eval_set.paths
                 check_detokenizer(folder, read_manifest(folder), data.detokenizer)
-        return seq_len, sets
-    seq_len = choose_seq_len(data, model, trains=False)
-    rows = open_or_pack(data.val_path, data, tokenizer, seq_len)
-    return seq_len, [EvalSet("shards", public_names(data.val_path), (rows.folder,))]
+        return sets
+    rows = open_or_pack(data.val_path, data, start.tokenizer, start.seq_len)
+    return [EvalSet("shards", public_names(data.val_path), (rows.folder,))]
 
 
 def find_sets(sources: Sequence[str]) -> list[EvalSet]:
@@ -243,10 +241,12 @@ class Evaluator:
     """A checkpoint, its tokenizer and the options that all its sets share."""
 
     def __init__(
-        self, model: Model, tokenizer: TextTokenizer, options: TrainOptions, *, precision: str
-    ) -> None:
+        self, model: Model, tokenizer: TextTokenizer, options: TrainOptions, *, precision: str,
+        checkpoint: str,
+    ) -> None:  # fmt: skip
         """Args:
             precision: name of the number format of matrix products.
+            checkpoint: name of the checkpoint.
         Raises:
             UserError: --stride is larger than the context.
         """
@@ -254,7 +254,7 @@ class Evaluator:
         self.stride = options.eval.stride or model.context
         if self.stride > model.context:
             raise UserError(f"--stride {self.stride}: expected 1 to {model.context}, the context")
-        self.means = _means(options, model.context, self.stride, precision)
+        self.means = _means(checkpoint, model.context, self.stride, precision)
 
     def evaluate_all(self, sets: Sequence[EvalSet], results: ResultFiles) -> None:
         """Score every set, keep each as soon as it is scored, print one table."""
@@ -361,16 +361,16 @@ def text_measures(nats: float, n_tokens: int, totals: TextTotals) -> Score:
 
 
 def evaluation_of_rows(
-    options: TrainOptions, manifest: Manifest, loss: float, precision: str
+    options: TrainOptions, checkpoint: str, manifest: Manifest, loss: float, precision: str
 ) -> Evaluation:
     """The record of a loss (nats per token) that was measured over all rows of `--val_path`: equal
     to the record of an `Evaluator` whose windows are the rows."""
     context, n_tokens = manifest.seq_len, manifest.n_rows * manifest.seq_len
     measures, details = text_measures(loss * n_tokens, n_tokens, text_totals(manifest))
     return Evaluation(
-        set=public_names(options.data.val_path), sha256=manifest_fingerprint(manifest),
+        set=public_names(options.data.val_path), sha256=manifest.fingerprint,
         text=_text_seen(manifest.detokenizer), n_eval_examples=None, measures=tuple(measures),
-        details=details, **_means(options, context, context, precision),
+        details=details, **_means(checkpoint, context, context, precision),
     )  # fmt: skip
 
 
@@ -378,11 +378,10 @@ def _text_seen(detokenizer: str | None) -> str:
     return f"{detokenizer} detokenizer" if detokenizer else "as in the file"
 
 
-def _means(options: TrainOptions, context: int, stride: int, precision: str) -> dict[str, Any]:
+def _means(checkpoint: str, context: int, stride: int, precision: str) -> dict[str, Any]:
     """What all evaluations of one command share: the checkpoint and how it is measured."""
-    folder = source_folder(options.model) or Path(str(options.model.checkpoint))
     return {
-        "checkpoint": folder.resolve().name, "context": context, "stride": stride,
+        "checkpoint": checkpoint, "context": context, "stride": stride,
         "precision": precision,
     }  # fmt: skip
 
@@ -394,7 +393,7 @@ def _is_paradigm(group: str) -> bool:
 def fingerprint(eval_set: EvalSet) -> str:
     """A sha256 over the content of a set."""
     if eval_set.kind == "shards":
-        return manifest_fingerprint(read_manifest(eval_set.paths[0]))
+        return read_manifest(eval_set.paths[0]).fingerprint
     digest = hashlib.sha256()
     for path in eval_set.paths:
         with path.open("rb") as file:

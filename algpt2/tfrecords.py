@@ -150,6 +150,11 @@ class Manifest:
         return sum(shard.rows for shard in self.shards)
 
     @property
+    def fingerprint(self) -> str:
+        """One hash for the content of all shards."""
+        return hashlib.sha256("".join(s.sha256 for s in self.shards).encode()).hexdigest()
+
+    @property
     def detokenizer(self) -> str | None:
         """Name of the detokenizer, or None; all names if joined texts differ."""
         texts = self.options.get("joined", [self.options])

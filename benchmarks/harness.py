@@ -130,19 +130,23 @@ def measure_train_pt(config: str, options: Options) -> dict[str, float]:
     """`train_step` as train_pt.py runs it."""
     import torch
 
-    from algpt2 import training_pt
+    from algpt2.batches import RowInputs
     from algpt2.modeling_algpt2 import ALGPT2LMHeadModel
+    from algpt2.optimizers_pt import build_optimizer
     from algpt2.options import OptimOptions, TrainOptions
+    from algpt2.processes_pt import start_processes
+    from algpt2.trainer_pt import Trainer
 
     optim = OptimOptions(batch_size=options.batch_size, lr=1e-4)
     train_options = TrainOptions(optim=optim)
-    processes = training_pt.start_processes(train_options)
+    processes = start_processes(train_options)
     torch.manual_seed(0)
     model = ALGPT2LMHeadModel(no_dropout(config)).to(processes.device)
-    optimizers = training_pt.build_optimizer(model, optim, optim.lr)
+    optimizers = build_optimizer(model, optim, optim.lr)
     vocab_size = model.config.vocab_size
     with tempfile.TemporaryDirectory() as folder:
         write_shards(folder, [make_tokens(vocab_size, options)], vocab_size)
         rows = open_rows(folder)
-        trainer = training_pt.Trainer(model, optimizers, train_options, processes, rows, 10**6)
-        return time_steps(lambda: training_pt.train_step(trainer), options)
+        inputs = RowInputs(rows, train_options, processes)
+        trainer = Trainer(model, optimizers, train_options, processes, inputs, 10**6)
+        return time_steps(lambda: trainer.train_step(), options)

@@ -94,21 +94,24 @@ def measure_input(results: dict, options: Options) -> dict[str, float]:
 
 def measure_train_tf(config: str, options: Options) -> dict[str, float]:
     """`train_step` as train_tf.py runs it."""
-    from algpt2 import training_tf
+    from algpt2.input_tf import RowInputs
     from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
+    from algpt2.optimizers_tf import build_optimizer
     from algpt2.options import OptimOptions, TFTrainOptions
+    from algpt2.processes_tf import start_processes
+    from algpt2.trainer_tf import Trainer
 
     optim = OptimOptions(batch_size=options.batch_size, lr=1e-4)
     train_options = TFTrainOptions(optim=optim)
-    processes = training_tf.start_processes(train_options)
+    processes = start_processes(train_options)
     model = TFALGPT2LMHeadModel(no_dropout(config))
-    optimizer = training_tf.build_optimizer(model, optim, optim.lr)
+    optimizer = build_optimizer(model, optim, optim.lr)
     vocab_size = model.config.vocab_size
     with tempfile.TemporaryDirectory() as folder:
         write_shards(folder, [make_tokens(vocab_size, options)], vocab_size)
-        inputs = training_tf.RowInputs(open_rows(folder), train_options, processes)
-        trainer = training_tf.Trainer(model, optimizer, train_options, processes, inputs, 10**6)
-        return time_steps(lambda: training_tf.train_step(trainer), options)
+        inputs = RowInputs(open_rows(folder), train_options, processes)
+        trainer = Trainer(model, optimizer, train_options, processes, inputs, 10**6)
+        return time_steps(lambda: trainer.train_step(), options)
 
 
 def measure_keras_hub(config: str, options: Options) -> dict[str, float]:
@@ -183,7 +186,7 @@ def measure_shards(config: str, options: Options) -> dict[str, float]:
 
 def measure_rows(config: str, options: Options) -> dict[str, float]:
     """The input of train_tf.py: rows by their number."""
-    from algpt2.training_tf import RowInputs
+    from algpt2.input_tf import RowInputs
 
     return time_inputs(config, options, open_rows, RowInputs)
 
@@ -195,14 +198,14 @@ def time_inputs(
 
     The rows: 16 shards of 1,024 random rows of 1,024 tokens, 34 MB.
     """
-    from algpt2 import training_tf
     from algpt2.options import OptimOptions, TFTrainOptions
+    from algpt2.processes_tf import start_processes
 
     draw, vocab_size, n = np.random.default_rng(0), no_dropout(config).vocab_size, 10
     rows = (draw.integers(0, vocab_size, (1024, 1025)).astype(np.uint16) for _ in range(16))
     optim = OptimOptions(batch_size=options.batch_size)
     train_options = TFTrainOptions(optim=optim, steps_per_call=n)
-    processes = training_tf.start_processes(train_options)
+    processes = start_processes(train_options)
     with tempfile.TemporaryDirectory() as folder:
         write_shards(folder, rows, vocab_size)
         inputs = inputs_class(open_(folder), train_options, processes)

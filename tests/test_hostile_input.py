@@ -9,17 +9,19 @@ import resource
 import shutil
 import struct
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import train_pt
-from algpt2 import memory, training_pt
+from algpt2 import memory, trainer_pt
 from algpt2.checkpoints import STATE_FILE
 from algpt2.documents import documents
 from algpt2.errors import UserError
 from algpt2.files import write_record
 from algpt2.options import ModelOptions, PackOptions, TrainOptions, parse
+from algpt2.start import Start
 from algpt2.tfrecords import read_manifest
 from algpt2.tokenization_algpt2 import load_tokenizer
 from benchmarks.fault_families import fuzz
@@ -95,7 +97,7 @@ def test_a_pickle_in_a_checkpoint_never_runs(run, tmp_path, with_zip):
     options = ModelOptions(checkpoint=str(folder))
     tokenizer = load_tokenizer(str(run / "tokenizer"))
     with pytest.raises(UserError, match="cannot load a causal language model"):
-        training_pt.build_model(options, tokenizer, 16)
+        trainer_pt.build_model(replace(Start.find(options), tokenizer=tokenizer, seq_len=16))
     assert not fired.exists()
     pickle.loads(pickle.dumps(Bomb(fired)))
     assert fired.exists()  # it would have

@@ -18,7 +18,7 @@ FILES = {
 FRAMEWORKS = {"torch": "_pt", "tensorflow": "_tf", "keras": "_tf"}
 OTHERS = {  # files without the suffix that import the framework
     "_pt": ("modeling_algpt2", "kernels_algpt2"),
-    "_tf": ("modeling_tf_algpt2", "kernels_tf_algpt2", "tpu"),
+    "_tf": ("modeling_tf_algpt2", "kernels_tf_algpt2"),
 }
 
 

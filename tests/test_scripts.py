@@ -53,7 +53,7 @@ def test_a_module_imports_the_frameworks_of_its_name_only(module):
     code = f"import sys, algpt2.{module}; print([*{{'torch', 'tensorflow'}} & sys.modules.keys()])"
     imported = ast.literal_eval(python(code).splitlines()[-1])
     is_torch = module.endswith("_pt") or module in ("kernels_algpt2", "modeling_algpt2")
-    is_tensorflow = module.endswith("_tf") or "_tf_" in module or module == "tpu"
+    is_tensorflow = module.endswith("_tf") or "_tf_" in module
     # transformers' configuration classes import torch where it is installed.
     allowed = ["torch"] * (is_torch or module == "configuration_algpt2") + [
         "tensorflow"
@@ -74,3 +74,14 @@ def test_tensorflow_says_nothing_before_the_scripts_do(script, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_the_two_trainers_have_the_same_names_in_the_same_order():
+    columns = []
+    for framework in ("pt", "tf"):
+        tree = ast.parse((ROOT / f"algpt2/trainer_{framework}.py").read_text())
+        columns.append([node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)])
+    pt, tf = columns
+    shared = {*pt} & {*tf}
+    assert [name for name in pt if name in shared] == [name for name in tf if name in shared]
+    assert {"build_model", "mean_loss", "evaluate", "train_step", "state_tensors"} <= shared

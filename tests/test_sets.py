@@ -22,7 +22,6 @@ from algpt2.errors import UserError
 from algpt2.options import DataOptions, EvalOptions, ModelOptions, PackOptions, TrainOptions
 from algpt2.packing import pack
 from algpt2.report import read_json_lines
-from algpt2.runs import open_or_pack
 from algpt2.scoring import Model
 from algpt2.sets import (
     EvalSet,
@@ -33,6 +32,7 @@ from algpt2.sets import (
     read_passages,
     row_streams,
 )
+from algpt2.start import open_or_pack
 from algpt2.tfrecords import open_rows, read_manifest
 from algpt2.tokenization_algpt2 import load_tokenizer
 
@@ -96,7 +96,9 @@ def uniform_evaluator(tokenizer, context=32, detokenizer=None, **options):
         eval=EvalOptions(eval_sets=("given",), **options),
         data=DataOptions(detokenizer=detokenizer),
     )  # fmt: skip
-    return Evaluator(Model(score, context, 1024), tokenizer, options, precision="float32")
+    return Evaluator(
+        Model(score, context, 1024), tokenizer, options, precision="float32", checkpoint="c"
+    )
 
 
 # --- finding -------------------------------------------------------------------------------------
@@ -359,7 +361,7 @@ def test_training_and_both_evaluations_agree_with_a_detokenizer(run, tmp_path):
         eval_only=True, model=ModelOptions(checkpoint=str(tmp_path / "tuned")),
         data=DataOptions(val_path=(str(shards), "here/valid")),
     )  # fmt: skip
-    one = evaluation_of_rows(options, read_manifest(shards), 1.0, "float32")
+    one = evaluation_of_rows(options, "c", read_manifest(shards), 1.0, "float32")
     # The card and evaluation.json may become public: nothing of this machine's folders.
     assert (one.text, one.set) == ("wikitext detokenizer", f"{shards.name} here/valid")
     assert rows["set"] == "wiki.txt" and str(tmp_path) not in json.dumps(rows)

@@ -199,7 +199,7 @@ def test_a_folder_with_other_files_is_not_written_to(flags, tmp_path):
 
 
 def test_a_full_disk_keeps_what_was_complete(flags, tmp_path, monkeypatch):
-    from algpt2 import training_pt
+    from algpt2.trainer_pt import Trainer
 
     train_pt.main(flags(max_minutes=1e-9))
     with monkeypatch.context() as patch:
@@ -207,7 +207,7 @@ def test_a_full_disk_keeps_what_was_complete(flags, tmp_path, monkeypatch):
         def full(*args):
             raise OSError(28, "No space left on device", "optimizer.safetensors")
 
-        patch.setattr(training_pt, "save_file", full)
+        patch.setattr(Trainer, "save_tensors", staticmethod(full))
         with pytest.raises(OSError, match="No space left"):
             train_pt.main(flags())
     assert [p.name for p in sorted((tmp_path / "run").glob("*check*"))] == ["checkpoint-00000001"]

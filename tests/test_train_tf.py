@@ -16,7 +16,7 @@ from helpers import CHECKPOINT_FILES, RUN_FILES, as_flags, final_bytes, metrics
 from safetensors.numpy import load_file
 
 import train_tf
-from algpt2 import console, training_tf
+from algpt2 import console, trainer_tf
 from algpt2.configuration_algpt2 import ALGPT2Config
 from algpt2.errors import EXIT_STOPPED, UserError
 from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
@@ -278,7 +278,7 @@ def test_new_rows_are_the_mean_of_the_old(config_folder, tied):
     config = ALGPT2Config.from_pretrained(config_folder, tie_word_embeddings=tied)
     model = TFALGPT2LMHeadModel(config, seed=1)
     old = model.state_dict()
-    larger = training_tf.add_embeddings(model, 302, "float32")
+    larger = trainer_tf.add_embeddings(model, 302, "float32")
     assert larger.config.vocab_size == 302 and (larger.lm_head is None) is tied
     for name, value in larger.state_dict().items():
         assert np.array_equal(value[: len(old[name])], old[name])

@@ -20,12 +20,12 @@ from helpers import as_flags, final_bytes, metrics
 import make_tfrecords
 import train_tf
 import train_tfrecords
-from algpt2 import tpu
+from algpt2 import strategy_tf
 from algpt2.errors import EXIT_STOPPED, UserError
 from algpt2.input_tf import ShardInputs, check_shards, find_shards, host_rows, parse_rows
 from algpt2.options import OptimOptions, TFTrainOptions
+from algpt2.processes_tf import Processes
 from algpt2.tfrecords import open_rows, record_dtype
-from algpt2.training_tf import Processes
 
 ROOT = Path(train_tfrecords.__file__).parent
 
@@ -264,8 +264,8 @@ def test_a_tpu_that_cannot_be_used_is_one_sentence(monkeypatch, flags, name, mes
     import cloud_tpu_client
 
     monkeypatch.setattr(cloud_tpu_client, "Client", Client)
-    monkeypatch.setattr(tpu, "HEALTHY_SECONDS", 0.02)
-    monkeypatch.setattr(tpu, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(strategy_tf, "HEALTHY_SECONDS", 0.02)
+    monkeypatch.setattr(strategy_tf, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(tf.distribute.cluster_resolver, "TPUClusterResolver", Resolver)
     with pytest.raises(UserError, match=message):
         train_tfrecords.main(flags(tpu=name))
@@ -275,8 +275,8 @@ def test_a_pod_that_is_being_made_is_waited_for(monkeypatch, capsys):
     import cloud_tpu_client
 
     monkeypatch.setattr(cloud_tpu_client, "Client", Client)
-    monkeypatch.setattr(tpu, "POLL_SECONDS", 0)
-    tpu.wait_until_healthy("slow")
+    monkeypatch.setattr(strategy_tf, "POLL_SECONDS", 0)
+    strategy_tf.wait_until_healthy("slow")
     assert capsys.readouterr().out.count("TPU slow is CREATING: waiting for READY") == 1
 
 
@@ -411,9 +411,9 @@ def test_a_worker_that_waits_for_another_says_so_and_can_be_stopped(monkeypatch)
     ports = free_ports(2)
     worker_of(monkeypatch, 1, ports)
     code = """
-from algpt2 import script, tpu
-tpu.PATIENCE_SECONDS = 0
-script.run_script(lambda _: tpu.meet_workers())
+from algpt2 import script, strategy_tf
+strategy_tf.PATIENCE_SECONDS = 0
+script.run_script(lambda _: strategy_tf.meet_workers())
 """
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True
@@ -429,7 +429,7 @@ def test_workers_meet_and_leave_their_ports_free(monkeypatch):
     ports = free_ports(2)
     worker_of(monkeypatch, 0, ports)
     with socket.create_server(("", ports[1])):
-        tpu.meet_workers()
+        strategy_tf.meet_workers()
     socket.create_server(("", ports[0])).close()
     worker_of(monkeypatch, 1, [*ports, "nowhere"])
     with (
@@ -437,7 +437,7 @@ def test_workers_meet_and_leave_their_ports_free(monkeypatch):
         pytest.raises(UserError, match="cannot listen"),
     ):
         server.listen()
-        tpu.meet_workers()
+        strategy_tf.meet_workers()
 
 
 def test_an_error_of_process_0_is_every_workers(flags, tmp_path):

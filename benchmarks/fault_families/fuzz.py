@@ -28,6 +28,7 @@ import traceback
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -242,18 +243,20 @@ class Fuzzer:
         return read
 
     def config(self, draw: random.Random) -> Read:
-        from algpt2 import runs, training_pt
         from algpt2.options import DataOptions, ModelOptions
+        from algpt2.start import Start, choose_seq_len, choose_tokenizer
+        from algpt2.trainer_pt import build_model
 
         self.mutate(self.folder / "config/config.json", draw)
         options = ModelOptions(config=str(self.folder / "config"))
         data = DataOptions(tokenizer=str(self.folder / "tokenizer"))
 
         def read() -> None:
-            runs.choose_tokenizer(data, options)
-            runs.choose_seq_len(DataOptions(), options)
-            runs.source_config(options)
-            training_pt.build_model(options, self.sound_tokenizer, 16)
+            start = Start.find(options)
+            choose_tokenizer(start, data)
+            choose_seq_len(start, DataOptions())
+            start.config()
+            build_model(replace(start, tokenizer=self.sound_tokenizer, seq_len=16))
 
         return read
 
@@ -269,14 +272,15 @@ class Fuzzer:
         return read
 
     def run_json(self, draw: random.Random) -> Read:
-        from algpt2 import model_card, report
+        from algpt2 import model_card
+        from algpt2.run import open_run
 
         run = self.folder / "run"
         self.mutate(run / "run.json", draw, sign=True)
         now = json.loads(self.files[run / "run.json"])
 
         def read() -> None:
-            opened = report.open_run(run, now, overwrite=False)
+            opened = open_run(run, now, overwrite=False)
             json.dumps(opened)
             model_card.write_card(self.checkpoint, run, 1)
 
@@ -284,8 +288,8 @@ class Fuzzer:
 
     def metrics(self, draw: random.Random) -> Read:
         import plot_runs
-        from algpt2 import model_card, runs
-        from algpt2.report import _keep_lines_until
+        from algpt2 import model_card
+        from algpt2.report import _keep_lines_until, log_before_and_after
 
         run = self.folder / "run"
         lines = self.files[run / "metrics.jsonl"].splitlines()
@@ -294,15 +298,16 @@ class Fuzzer:
 
         def read() -> None:
             model_card.write_card(self.checkpoint, run, 1)
-            runs.log_before_and_after({"before": {}}, run)
+            log_before_and_after({"before": {}}, run)
             plot_runs.draw({"run": plot_runs.read_run(run)}, "tokens", 10)
-            _keep_lines_until(run / "metrics.jsonl", 1, draw.random() < 0.5)
+            _keep_lines_until(run / "metrics.jsonl", 1 - (draw.random() < 0.5), 1)
 
         return read
 
     def safetensors(self, draw: random.Random) -> Read:
-        from algpt2 import training_pt
         from algpt2.options import ModelOptions
+        from algpt2.start import Start
+        from algpt2.trainer_pt import build_model
 
         folder = self.folder / "weights"
         if not folder.exists():
@@ -313,7 +318,8 @@ class Fuzzer:
             folder / "model.safetensors", self._other_tensors(folder / "model.safetensors", draw)
         )
         options = ModelOptions(checkpoint=str(folder))
-        return lambda: training_pt.build_model(options, self.sound_tokenizer, 16)
+        parts = {"tokenizer": self.sound_tokenizer, "seq_len": 16}
+        return lambda: build_model(replace(Start.find(options), **parts))
 
     def optimizer(self, draw: random.Random) -> Read:
         from algpt2.checkpoints import read_checkpoint
@@ -338,18 +344,23 @@ class Fuzzer:
         return struct.pack("<Q", claimed) + header + data[8 + size :]
 
     def _resume(self, checkpoint: Any) -> None:
-        from algpt2 import training_pt
+        from algpt2.batches import RowInputs
         from algpt2.options import TrainOptions, parse
+        from algpt2.processes_pt import start_processes
+        from algpt2.run import Run
+        from algpt2.start import Start
         from algpt2.tfrecords import open_rows
+        from algpt2.trainer_pt import Trainer
 
         options = parse(TrainOptions, flags(self.folder)) if not self.options_ else self.options_
         self.options_ = options
-        rows, processes = open_rows(self.folder / "valid"), training_pt.start_processes(options)
-        trainer = training_pt.build_trainer(
-            options, self.sound_tokenizer, rows, processes, 9, checkpoint
-        )
+        rows, processes = open_rows(self.folder / "valid"), start_processes(options)
+        start = replace(Start.find(options.model), tokenizer=self.sound_tokenizer, seq_len=16)
+        run = Run(self.folder / "run", {"steps": 9}, checkpoint)
+        inputs = RowInputs(rows, options, processes)
+        trainer = Trainer.build(options, start, inputs, rows, processes, run)
         with contextlib.suppress(ArithmeticError):  # weights that are NaN: said as such
-            training_pt.train_step(trainer)
+            trainer.train_step()
 
     options_: Any = None
 
