@@ -7,12 +7,15 @@ RUN := runs/quickstart
 .PHONY: venv quickstart test test-tf218 lint bench clean
 
 # The environment is rebuilt whenever requirements.txt is not the one that it was built from.
+# algpt2.pth is an editable install by a relative path: in a worktree whose .venv is a link, scripts
+# find the worktree's own algpt2.
 venv:
 	@if ! cmp -s requirements.txt .venv/built-from.txt || ! $(PY) -c ''; then \
 	  echo "installing into .venv (about 4.5 GB, a few minutes)"; \
 	  rm -rf .venv && $(PYTHON) -m venv .venv && \
 	  $(PY) -m pip install --progress-bar off -r requirements.txt && \
 	  cp requirements.txt .venv/built-from.txt; fi
+	@cd .venv/lib/python3*/site-packages && echo ../../../.. > algpt2.pth
 
 quickstart: venv
 	@echo "== 1/7 tokenizer: 8,192 byte pairs learnt from the docstrings of the installed packages"

@@ -16,7 +16,7 @@ from algpt2.script import run_script
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Export the checkpoint that the options name."""
-    options = parse(ExportOptions, argv)
+    options = parse(ExportOptions, argv, __doc__)
     from algpt2.console import log
     from algpt2.convert_pt import WEIGHTS_FILE, export_gpt2
     from algpt2.mirror import fetch_checkpoint

@@ -1,48 +1,36 @@
-"""Archives as streams: decompression and the members of a tar, nothing written, nothing followed.
+"""Archives as streams: decompression and members; nothing is written, no link is followed.
 
-Only the bytes of regular files are read: links, devices and folders of a tar are passed over, and
-a member's name is only a name (its suffix tells its kind), so absolute paths and ".." are harmless.
-Everything that is damaged or cut off is a `Broken` that says where; nothing ends early in silence.
+Only regular files are read: links, devices and folders of a tar are passed over. The name of a
+member tells its kind by its suffix and is never opened, so absolute paths and ".." are harmless.
+Anything damaged or cut off is a `Broken` that says where; no archive ends early in silence.
 """
 
-import contextlib
 import io
 import lzma
 import os
 import re
-import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import zipfile
+import zlib
+from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from . import unxz
 from .errors import describe
 from .parallel import TasksStopped
-
-__all__ = [
-    "Broken",
-    "Member",
-    "TarStream",
-    "byte_range",
-    "decompressed",
-    "is_tar_header",
-    "look_ahead",
-    "read_ahead",
-]
+from .parts import Broken
 
 BLOCK = 512  # bytes; a tar consists of blocks
 BUFFER_BYTES = 1 << 20  # read at once
-XZ_SUFFIXES = (".xz", ".txz", ".xsz")
-MAX_NAME_BYTES = 1 << 20  # of a long name or a pax header: what is longer is no name
+MAX_NAME_BYTES = 1 << 20  # of a long name or a pax header; anything longer is damage
 # Type flags of POSIX ustar, pax and GNU tar.
 REGULAR, LONG_NAME, PAX, PASSED_OVER = b"0\0" + b"7", b"L", b"x", b"gXKVNM"
 TYPE_NAMES = {b"1": "link", b"2": "link", b"3": "device", b"4": "device", b"6": "pipe"}
-
-
-class Broken(Exception):
-    """Something is damaged or cut off; the message names file and byte."""
+# What zipfile raises for an archive or a member that is damaged, encrypted or of an unknown method.
+ZIP_ERRORS = (
+    zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError, ValueError
+)  # fmt: skip
 
 
 # --- bytes ---------------------------------------------------------------------------------------
@@ -65,7 +53,7 @@ class _Range(io.RawIOBase):
 
 
 class _Prefixed(io.RawIOBase):
-    """Bytes that were read already, then the stream that they came from."""
+    """Bytes that were read ahead, then the rest of their stream."""
 
     def __init__(self, head: bytes, stream: BinaryIO) -> None:
         self._head, self._stream = head, stream
@@ -82,13 +70,12 @@ class _Prefixed(io.RawIOBase):
 
 
 class _Process:
-    """xz that a process of its own decompresses, ahead of its reader (unxz.py).
+    """An .xz that another process decompresses, ahead of its reader (unxz.py).
 
     A thread would wait for Python's lock, longest while a tokenizer is loaded.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self.status = os.fstat(file.fileno())
         self._name = file.name
         command = [sys.executable, "-I", "-S", unxz.__file__]
         self._process = subprocess.Popen(
@@ -97,11 +84,11 @@ class _Process:
         )  # fmt: skip
 
     def read(self, n: int) -> bytes:
-        """Up to `n` bytes, none at the end.
+        """Up to `n` bytes; empty at the end.
 
         Raises:
             EOFError: the file is damaged or cut off.
-            TasksStopped: the process was killed, or failed for another reason than its input.
+            TasksStopped: the process was killed or ran out of memory; the file may be good.
         """
         content = self._process.stdout.read(n)
         if not content and (code := self._process.wait()):
@@ -114,48 +101,15 @@ class _Process:
         return content
 
     def close(self) -> None:
-        """End it, wherever it is."""
+        """Stop the process, finished or not."""
         self._process.kill()
         self._process.wait()
         self._process.stdout.close()
         self._process.stderr.close()
 
 
-_begun: list[_Process] = []  # that nobody reads yet
-
-
-@contextlib.contextmanager
-def read_ahead(sources: Sequence[str]) -> Iterator[None]:
-    """If the only source is an .xz, its decompression begins here, before its reader asks for it:
-    importing and loading a tokenizer take a while."""
-    with contextlib.suppress(OSError):  # what is wrong with it is the reader's to say
-        if len(sources) == 1 and sources[0].endswith(XZ_SUFFIXES):
-            with Path(sources[0]).expanduser().open("rb") as file:
-                if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    _begun.append(_Process(file))
-    try:
-        yield
-    finally:
-        while _begun:
-            _begun.pop().close()
-
-
-def _process_of(file: BinaryIO) -> _Process:
-    """The process that has begun to decompress this very file, or a new one."""
-    status = os.fstat(file.fileno())
-    for process in _begun:
-        if _identity(process.status) == _identity(status):
-            _begun.remove(process)
-            return process
-    return _Process(file)
-
-
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
 class _Decompressed(io.RawIOBase):
-    """A decompressor's bytes; what it complains about becomes a `Broken`."""
+    """The bytes of a decompressor; its errors become `Broken`."""
 
     def __init__(self, stream: Any, where: str) -> None:
         self._stream, self._where = stream, where
@@ -194,20 +148,28 @@ def look_ahead(stream: BinaryIO, n: int) -> tuple[bytes, BinaryIO]:
 def decompressed(
     file: BinaryIO, compression: str | None, where: str, *, is_whole: bool = False
 ) -> BinaryIO:
-    """`file` decompressed (None: as it is); damaged or cut off compression is a `Broken`.
+    """`file` decompressed (None: as it is); damaged or cut off, it raises `Broken`.
 
     Args:
-        is_whole: `file` is a file, and nobody else reads from it: a process may.
+        is_whole: `file` is a file on disk that nobody else reads, so that a process may.
     """
     if compression is None:
         return file
     if compression == "xz":
-        stream = _process_of(file) if is_whole else unxz.XzStream(file)
+        stream = _Process(file) if is_whole else unxz.XzStream(file)
     else:
         import pyarrow as pa  # its zstd notices a file that was cut off; `zstandard` does not
 
         stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression)
     return io.BufferedReader(_Decompressed(stream, where), BUFFER_BYTES)
+
+
+def open_zip(file: str | BinaryIO, where: str) -> zipfile.ZipFile:
+    """A zip file with its list of members; `Broken` if the list is damaged."""
+    try:
+        return zipfile.ZipFile(file)
+    except ZIP_ERRORS as error:
+        raise Broken(f"{where}: not a zip file that can be read ({error})") from None
 
 
 # --- tar -----------------------------------------------------------------------------------------
@@ -234,12 +196,12 @@ def is_tar_header(block: bytes) -> bool:
 
 
 def _checksum(block: bytes) -> int:
-    # Of all bytes, its own counted as blanks; to leave out the zeros first takes a third.
+    # The sum of all bytes, with blanks in the checksum. Without zeros it takes a third of the time.
     return sum(block.translate(None, b"\0")) - sum(block[148:156]) + 8 * 32
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or GNU's binary numbers for sizes from 8 GiB; `ValueError` if neither."""
+    """A number in octal digits, or in GNU's binary format; other bytes raise `ValueError`."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
@@ -250,18 +212,20 @@ class TarStream:
 
     >>> tar = TarStream(stream, "a.tar")
     >>> for member in tar:
-    ...     content = tar.read()  # or with tar.open(); what is not read is passed over
+    ...     content = tar.read()  # or tar.open(), or nothing: then the content is passed over
 
-    Reads on behind end-of-archive blocks, as archives are sometimes concatenated. Other members
-    than regular files are counted in `others`.
+    Reads on behind end-of-archive blocks, as archives are sometimes concatenated. Links and devices
+    are counted in `others`.
 
     Raises:
         Broken: a damaged header, a member that is cut off, or no end-of-archive block.
     """
 
     def __init__(self, stream: BinaryIO, where: str, *, first: int = 0, is_cut: bool = False):
-        """`first`: the position of the stream's first byte; `is_cut`: a run of whole members,
-        which has no end-of-archive block."""
+        """Args:
+        first: position of the stream's first byte in the archive.
+        is_cut: the stream is a run of whole members, without an end-of-archive block.
+        """
         self._stream, self.where, self._is_cut = stream, where, is_cut
         self._position = first  # of the stream
         self._member: Member | None = None
@@ -366,7 +330,7 @@ class TarStream:
 
 
 class _Content(io.RawIOBase):
-    """The content of a tar's current member; being cut off is an error."""
+    """The content of a tar's current member; `Broken` if it is cut off."""
 
     def __init__(self, tar: TarStream, size: int) -> None:
         self._tar, self._left = tar, size

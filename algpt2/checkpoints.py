@@ -1,15 +1,16 @@
-"""The checkpoint folder: one place that knows its name, its marker, its checksums and its age.
+"""The names in a run's folder, and its checkpoints: markers, checksums, which are kept.
 
     save_dir/checkpoint-00001000/   config.json model.safetensors tokenizer.json ...
                                     optimizer.safetensors
                                     README.md, the model's code   see model_card.py
                                     training_state.json   written last: step, checksums, options
 
-A folder counts only when `training_state.json` is there and every file it lists has the size and
-the sha256 that it lists (README.md, for people, is not listed). Folders are filled under a hidden
-name and renamed. JSON that has to be believed carries a checksum of itself: `write_record`.
+A checkpoint is valid only when `training_state.json` is there and every file it lists has the size
+and the sha256 that it lists (README.md, for people, is not listed). Folders are filled under a
+hidden name and renamed.
 """
 
+import contextlib
 import re
 import reprlib
 import shutil
@@ -30,12 +31,14 @@ from .files import (
     write_record,
 )
 
-STATE_FILE, CARD_FILE = "training_state.json", "README.md"
+RUN_FILE, LOCK_FILE = "run.json", ".lock"
+METRICS_FILE, SAMPLES_FILE = LINE_FILES = ("metrics.jsonl", "samples.jsonl")
+EVALUATION_FILES = ("evaluation.json", "evaluation.md")
+FILES_OF_RUN = {RUN_FILE, LOCK_FILE, *LINE_FILES, *EVALUATION_FILES}  # beside its checkpoints
+STATE_FILE, OPTIMIZER_FILE, CARD_FILE = (
+    "training_state.json", "optimizer.safetensors", "README.md",
+)  # fmt: skip
 FORMAT_VERSION = 2  # 1 had no checksum of the marker itself
-
-
-# Of a run, one line behind the other: a checkpoint knows the bytes that they had.
-LINE_FILES = ("metrics.jsonl", "samples.jsonl")
 MAX_STEP = 2**62
 _FOLDER = re.compile(r"checkpoint-(\d{8,})", re.ASCII)
 
@@ -55,23 +58,21 @@ class Checkpoint:
 
 def write_checkpoint(
     save_dir: Path, step: int, fill: Callable[[Path], None], state: dict[str, Any],
-    *, again: bool = False,
+    *, marker_only: bool = False,
 ) -> Path:  # fmt: skip
     """Write `save_dir/checkpoint-<step>` so that it is there whole or not at all.
 
     Args:
         fill: writes the files of the checkpoint into the folder that it is given.
         state: what `training_state.json` holds besides step, format version and checksums.
-        again: the folder is there, of the same weights: only its marker is replaced, in one go, so
-            that a kill cannot take the newest checkpoint away.
+        marker_only: the folder already holds these weights: replace only training_state.json,
+            atomically, so that a kill cannot take the newest checkpoint away. A folder that has
+            lost a file is written anew.
     Raises:
         OSError: no space, no permission; nothing half-written stays behind.
     """
-    from .model_card import complete_checkpoint, try_card  # which read what the report writes
-
-    folder = save_dir / f"checkpoint-{step:08d}"
-    if again and (files := _files_of(folder)):
-        try_card(folder, save_dir, step)
+    folder = save_dir / checkpoint_name(step)
+    if marker_only and (files := _files_of(folder)):
         _write_marker(folder, save_dir, step, state, files)
         return folder
     partial = save_dir / f".{folder.name}.partial"
@@ -79,7 +80,6 @@ def write_checkpoint(
     try:
         partial.mkdir(parents=True)
         fill(partial)
-        complete_checkpoint(partial, save_dir, step)
         paths = [path for path in sorted(partial.iterdir()) if path.name != CARD_FILE]
         files = {path.name: _describe(path) for path in paths}
         _write_marker(partial, save_dir, step, state, files)
@@ -102,11 +102,13 @@ def _write_marker(
 
 
 def _files_of(folder: Path) -> dict[str, Any]:
-    """What the marker of a whole checkpoint lists; nothing for one that is damaged."""
-    try:
-        return read_checkpoint(folder).state["files"]
-    except UserError:
-        return {}
+    """What the marker of a checkpoint lists, if all of it is there in its size; else nothing.
+
+    The checksums were verified, or written, by this process: they are not read a second time.
+    """
+    with contextlib.suppress(UserError):
+        return _read_marker(folder)[0]["files"]
+    return {}
 
 
 def newest_checkpoint(save_dir: Path, warn: Callable[[str], None] = print) -> Checkpoint | None:
@@ -136,6 +138,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         UserError: marker missing or damaged, a file missing, cut or changed, or a folder whose
             name is that of another step: names it.
     """
+    state, expected = _read_marker(folder)
+    for name, (_, digest) in expected.items():
+        if file_sha256(folder / name) != digest:
+            raise _damaged(folder / name)
+    return Checkpoint(folder, state)
+
+
+def _read_marker(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, str]]]:
+    """training_state.json, and the bytes and sha256 of each file that it lists; all are there."""
     marker = folder / STATE_FILE
     if not is_plain_file(marker):
         raise UserError(f"{folder} is incomplete: it has no {STATE_FILE}")
@@ -153,15 +164,19 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(f"{marker} is damaged: expected step and files") from None
     if type(step) is not int or not 0 <= step < MAX_STEP or not expected:
         raise UserError(f"{marker} is damaged: step {reprlib.repr(step)}, {len(expected)} files")
-    if _FOLDER.fullmatch(folder.name) and folder.name != f"checkpoint-{step:08d}":
+    if is_checkpoint_name(folder.name) and folder.name != checkpoint_name(step):
         raise UserError(f"{folder} is not what its name says: it holds step {step}")
-    for name, (n_bytes, digest) in expected.items():
+    for name, (n_bytes, _) in expected.items():
         path = folder / name
         if Path(name).name != name or "\0" in name or not is_plain_file(path):
             raise UserError(f"{folder} is incomplete: {name} is missing")
-        if path.stat().st_size != n_bytes or file_sha256(path) != digest:
-            raise UserError(f"{path} is damaged: its checksum is not that of {STATE_FILE}")
-    return Checkpoint(folder, state)
+        if path.stat().st_size != n_bytes:
+            raise _damaged(path)
+    return state, expected
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is damaged: its checksum is not that of {STATE_FILE}")
 
 
 def find_checkpoint(path: Path, warn: Callable[[str], None] = print) -> Path:
@@ -175,9 +190,14 @@ def find_checkpoint(path: Path, warn: Callable[[str], None] = print) -> Path:
         if newest is None:
             raise UserError(f"no complete checkpoint in {path}")
         return newest.folder
-    if _FOLDER.fullmatch(path.name) or (path / STATE_FILE).exists():
+    if is_checkpoint_name(path.name) or (path / STATE_FILE).exists():
         return read_checkpoint(path).folder
     return path
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of the folder of a step."""
+    return f"checkpoint-{step:08d}"
 
 
 def is_checkpoint_name(name: str) -> bool:
@@ -189,7 +209,7 @@ def checkpoint_folders(save_dir: Path) -> list[Path]:
     """Folders named like checkpoints, oldest first, complete or not."""
     if not save_dir.is_dir():
         return []
-    found = [path for path in save_dir.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in save_dir.iterdir() if is_checkpoint_name(path.name) and path.is_dir()]
     return sorted(found, key=_step_of)
 
 
@@ -215,9 +235,6 @@ def prune_checkpoints(
 def outdated_steps(steps: Sequence[int], keep_last: int, milestone_steps: int | None) -> list[int]:
     """Of the steps of checkpoints, in order, those that are not kept."""
     return [step for step in steps[:-keep_last] if not milestone_steps or step % milestone_steps]
-
-
-# --- files that are there whole or not at all ----------------------------------------------------
 
 
 def _step_of(folder: Path) -> int:

@@ -27,6 +27,14 @@ def table(rows: list[list[str]], left: Sequence[str] = ()) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
+def markdown_table(rows: list[list[str]], right: Sequence[str] = ()) -> str:
+    """Rows of cells as a Markdown table; the first row is the heading. Columns whose heading is in
+    `right` are right-aligned."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    cells.insert(1, ["---:" if name in right else "---" for name in rows[0]])
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
 PLAIN_SECONDS = 10.0  # between two progress lines in a log file
 
 

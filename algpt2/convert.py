@@ -1,6 +1,6 @@
-"""ALGPT2 to stock GPT-2 and back: the algebra, on numpy arrays, without a framework.
+"""ALGPT2 to stock GPT-2 and back: the algebra, on NumPy arrays, without a framework.
 
-Any ALGPT2 is exactly a GPT-2 with more parameters; any GPT-2 is nearly an ALGPT2 with fewer.
+Every ALGPT2 equals a GPT-2 with more parameters. A GPT-2 is close to an ALGPT2 with fewer.
 
     V vocab_size   P n_positions   E embedding_size   C n_embd   L n_layer   K stored blocks
 
@@ -20,7 +20,7 @@ Tensors = dict[str, np.ndarray]
 WTE, WPE, HEAD = "transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"
 LN_F_BIAS = "transformer.ln_f.bias"
 PROJECTION, DENSE = "transformer.projection_layer", "dense"
-FOLD_TOLERANCE = 1e-6  # of the bias of dense, relative: what least squares may leave of it
+FOLD_TOLERANCE = 1e-6  # largest residual of least squares, relative to the bias of dense
 
 # Keys of a config.json that decide what a block computes.
 BLOCK_KEYS = (
@@ -37,7 +37,7 @@ GPT2_KEYS = (
 
 
 def gpt2_config(config: Any) -> dict[str, Any]:
-    """Arguments of the `GPT2Config` that `gpt2_tensors` fits: untied if factorized."""
+    """Arguments of the `GPT2Config` for `gpt2_tensors`; a factorized model becomes untied."""
     untied = config.is_factorized or not config.tie_word_embeddings
     return {key: getattr(config, key) for key in GPT2_KEYS} | {
         "tie_word_embeddings": not untied, "architectures": ["GPT2LMHeadModel"],
@@ -46,22 +46,23 @@ def gpt2_config(config: Any) -> dict[str, Any]:
 
 
 def gpt2_tensors(config: Any, tensors: Tensors) -> Tensors:
-    """The weights of a stock GPT-2 with the logits of an ALGPT2.
+    """The weights of a stock GPT-2 that has the logits of an ALGPT2.
 
-    Each layer gets a copy of its block. Token table (V, C) = wte @ projection, position table
-    (P, C) = wpe @ projection + its bias, head (V, C) = wte @ dense. GPT-2's head has no bias:
-    that of dense, b (E), goes into ln_f's bias as delta (C) with dense.weight @ delta = b, which
-    least squares solve, as E <= C.
+    Each layer gets a copy of its block. The token table (V, C) is wte @ projection, the position
+    table (P, C) wpe @ projection + its bias, the head (V, C) wte @ dense. GPT-2's head has no bias,
+    so the bias b (E,) of dense moves into ln_f's bias as delta (C,) with dense.weight @ delta = b.
+    Least squares solve this, as E <= C.
 
     Args:
-        config: the ALGPT2Config; tensors: every weight by its name.
+        config: the ALGPT2Config.
+        tensors: every weight by its name.
     Raises:
-        UserError: dense is so near to a lower rank that its bias cannot be folded.
+        UserError: dense is so close to a lower rank that no delta gives its bias.
     """
     result = {}
-    for layer, block in enumerate(config.block_of_layers()):
-        for name, value in block_tensors(tensors, block).items():
-            result[f"transformer.h.{layer}.{name}"] = value
+    for layer_index, block_index in enumerate(config.block_of_layers()):
+        for name, value in block_tensors(tensors, block_index).items():
+            result[f"transformer.h.{layer_index}.{name}"] = value
     result |= {k: v for k, v in tensors.items() if k.startswith("transformer.ln_f.")}
     wte, wpe = tensors[WTE], tensors[WPE]
     head = wte if config.tie_word_embeddings else tensors[HEAD]
@@ -83,9 +84,9 @@ def gpt2_tensors(config: Any, tensors: Tensors) -> Tensors:
     return {name: np.ascontiguousarray(value, np.float32) for name, value in result.items()}
 
 
-def block_tensors(tensors: Tensors, block: int) -> Tensors:
+def block_tensors(tensors: Tensors, block_index: int) -> Tensors:
     """The weights of one stored block by their names within it."""
-    prefix = f"transformer.h.{block}."
+    prefix = f"transformer.h.{block_index}."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
@@ -97,47 +98,51 @@ def _linear(tensors: Tensors, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_start(source: Any, target: Any) -> None:
-    """`UserError` unless weights of the GPT-2 configuration `source` can start `target`."""
+    """Raise `UserError` unless a GPT-2 with configuration `source` can start `target`."""
     pairs = {key: (getattr(source, key), getattr(target, key)) for key in BLOCK_KEYS}
     pairs["n_inner"] = tuple(config.n_inner or 4 * config.n_embd for config in (source, target))
     pairs["vocab_size"] = source.vocab_size, target.vocab_size
-    wrong = [f"{key} {a} and {b}" for key, (a, b) in pairs.items() if a != b]
-    if source.n_positions < target.n_positions:
-        wrong.append(f"n_positions {source.n_positions} and {target.n_positions}")
-    if wrong:
+    if mismatches := [f"{key} {a} and {b}" for key, (a, b) in pairs.items() if a != b]:
         raise UserError(
-            f"--init_from and --config do not fit together ({', '.join(wrong)}): expected equal "
-            "values and at least as many positions; choose another --config"
+            f"--init_from and --config differ ({', '.join(mismatches)}): choose a --config with "
+            "the values of --init_from"
+        )
+    if source.n_positions < target.n_positions:
+        raise UserError(
+            f"--init_from has {source.n_positions:,} positions, --config needs "
+            f"{target.n_positions:,}: choose a --config of at most {source.n_positions:,}"
         )
     tied = target.tie_word_embeddings and not target.is_factorized
     if tied and not source.tie_word_embeddings:
         raise UserError(
-            "the head of --init_from is not its token table, and --config ties the two without a "
-            "projection between: choose a factorized --config or tie_word_embeddings=false"
+            "--init_from has a head of its own, but --config uses the token table as head: choose "
+            "a factorized --config or tie_word_embeddings=false"
         )
 
 
 def start_tensors(source: Any, tensors: Tensors, target: Any, blocks: Sequence[str]) -> Tensors:
-    """The start of an ALGPT2 out of the weights of a GPT-2.
+    """The first weights of an ALGPT2, made from the weights of a GPT-2.
 
-    Exact (the same logits) where the GPT-2 is such an ALGPT2: K = L and E = C, or tables of rank
-    E whose heads share their column space; else blocks are merged and tables have the nearest
-    rank-E ones.
+    The logits stay the same if the GPT-2 equals an ALGPT2 of this configuration: K = L and E = C,
+    or tables of rank E whose heads share their column space. Otherwise stored blocks are means of
+    layers, and tables become their nearest tables of rank E.
 
     Args:
-        source, tensors: GPT-2, names and shapes as from `gpt2_tensors`; target: the ALGPT2Config.
+        source: the GPT2Config.
+        tensors: the weights of the GPT-2, with the names and shapes of `gpt2_tensors`.
+        target: the ALGPT2Config.
         blocks: `mean`, `first` or `last` of the layers that a stored block stands for; or K
             numbers of layers of the GPT-2.
     Raises:
-        UserError: `blocks` is none of these, or `check_start` says no.
+        UserError: `blocks` has another form, or `check_start` refuses.
     """
     check_start(source, target)
     result = {k: v for k, v in tensors.items() if k.startswith("transformer.ln_f.")}
-    for block, layers in enumerate(layers_of_blocks(source.n_layer, target, blocks)):
+    for block_index, layers in enumerate(layers_of_blocks(source.n_layer, target, blocks)):
         parts = [block_tensors(tensors, layer) for layer in layers]
         for name in parts[0]:
             mean = np.mean([part[name] for part in parts], axis=0, dtype=np.float64)
-            result[f"transformer.h.{block}.{name}"] = mean
+            result[f"transformer.h.{block_index}.{name}"] = mean
     wte, wpe = tensors[WTE], tensors[WPE][: target.n_positions]
     head = tensors.get(HEAD, wte)
     if target.is_factorized:
@@ -148,9 +153,14 @@ def start_tensors(source: Any, tensors: Tensors, target: Any, blocks: Sequence[s
 
 
 def layers_of_blocks(n_layers: int, target: Any, blocks: Sequence[str]) -> list[list[int]]:
-    """For each stored block of `target` the layers of a GPT-2 of `n_layers` that it is the mean of.
+    """For each stored block of `target`, the layers of the GPT-2 whose mean it becomes.
 
-    Models of unequal depth are laid over each other: layer i of L is at i / L.
+    Layer i of L stands at i / L, so that models of unequal depth lie over each other.
+
+    Args:
+        n_layers: depth of the GPT-2.
+    Raises:
+        UserError: `blocks` has another form than `start_tensors` says.
     """
     n_blocks, n_target = target.num_hidden_groups, target.n_layer
     if len(blocks) == n_blocks and all(b.isdecimal() and int(b) < n_layers for b in blocks):
@@ -170,12 +180,17 @@ def layers_of_blocks(n_layers: int, target: Any, blocks: Sequence[str]) -> list[
 
 
 def factorize(wte: np.ndarray, wpe: np.ndarray, head: np.ndarray, rank: int, tied: bool) -> Tensors:
-    """Tables (V, E) and (P, E), projection, dense and, if not tied, head of the nearest rank E.
+    """Tables (V, E) and (P, E), projection, dense and an untied head, nearest to GPT-2's tables.
 
-    The E directions are the leading right singular vectors of both tables together, positions
-    without their mean and weighted to count as much as tokens: each position of a text adds one
-    row of either. What all tokens and positions have outside is the projection's bias. A tied
-    head is the token table, and dense its least-squares way to the head of GPT-2.
+    The E directions are the leading right singular vectors of both tables together. Positions lose
+    their mean and are weighted to count as much as tokens, since each position of a text adds one
+    row of either table. The projection's bias holds the means outside these directions. A tied head
+    is the token table; dense is then the least-squares solution of tokens @ dense = head.
+
+    Args:
+        wte, wpe, head: GPT-2's tables (V, C), (P, C) and (V, C).
+        rank: E.
+        tied: whether the ALGPT2's head is its token table.
     """
     wte, wpe, head = (table.astype(np.float64) for table in (wte, wpe, head))
     mean = wpe.mean(0)
@@ -197,5 +212,5 @@ def factorize(wte: np.ndarray, wpe: np.ndarray, head: np.ndarray, rank: int, tie
 
 
 def _leading_directions(gram: np.ndarray, rank: int) -> np.ndarray:
-    """(C, rank): eigenvectors of the largest eigenvalues of a symmetric (C, C)."""
+    """Eigenvectors (C, rank) of the largest eigenvalues of a symmetric matrix (C, C)."""
     return np.linalg.eigh(gram)[1][:, : -rank - 1 : -1]

@@ -1,10 +1,9 @@
 """Tokenized evaluation texts back to running text: what a model trained on plain text expects.
 
-WikiText, Penn Treebank and LAMBADA come with spaces around punctuation and with marks of their
-own (` @-@ `, "``", `do n't`). Each function here takes the text of a file and returns it as it
-was written, as far as that can be told: letter case, `<unk>` and Penn Treebank's `N` are lost.
-Lines stay lines. A detokenizer belongs to encoding: documents are cut, counted, compared and
-split as they are in the file, so words, bytes and hashes are those of the text before.
+WikiText, Penn Treebank and LAMBADA put spaces around punctuation and use special marks (` @-@ `,
+"``", `do n't`). Each function here takes the text of a file and restores the running text; letter
+case, `<unk>` and Penn Treebank's `N` are lost. Lines stay lines. A detokenizer is a part of
+encoding: words, bytes and hashes of documents are those of the file.
 """
 
 # ruff: noqa: RUF001, RUF003  (the texts have dashes, primes and curly quotes)
@@ -13,7 +12,7 @@ import re
 from collections.abc import Callable
 
 CLITICS = r"(?:s|t|ve|re|m|ll|d)\b"
-# Words in s before a single mark that are no possessives: it opens a quotation (was ' blue ').
+# After these words in s a single mark opens a quotation (was ' blue '); it is no possessive.
 NO_POSSESSIVE = frozenset("as is was has does its his this thus us less plus across versus".split())
 
 
@@ -23,7 +22,7 @@ def wikitext(text: str) -> str:
 
 
 def ptb(text: str) -> str:
-    """Mikolov's Penn Treebank: lower case, no punctuation; its apostrophes are never quotes."""
+    """Mikolov's Penn Treebank: lower case, no punctuation, and no apostrophe is a quote."""
     text = _join_contractions(text)
     text = re.sub(r" '(?= |$)", "'", text, flags=re.MULTILINE)
     text = re.sub(r"((?:^|(?<=\s))[a-z]*\$|#) (?=N)", r"\1", text, flags=re.MULTILINE)
@@ -33,7 +32,7 @@ def ptb(text: str) -> str:
 def lambada(text: str) -> str:
     """The original LAMBADA files (Paperno et al., arXiv:1606.06031), one passage a line.
 
-    The file that OpenAI distributes is plain text with its letter case: it needs nothing.
+    OpenAI's file of LAMBADA is running text already and needs no detokenizer.
     """
     text = re.sub(r"(``|`) ?", lambda mark: "\"'"[len(mark[1]) == 1], text)
     text = re.sub(r" ?''", '"', text)
@@ -44,7 +43,7 @@ def lambada(text: str) -> str:
     return _strip_lines(_join_brackets(_join_punctuation(text)))
 
 
-# Packed text is cached under these names: a change of what one returns raises FORMAT_VERSION.
+# Packed text is cached under these names: raise FORMAT_VERSION when a detokenizer changes.
 DETOKENIZERS: dict[str, Callable[[str], str]] = {
     "wikitext": wikitext,
     "ptb": ptb,
@@ -91,8 +90,8 @@ def _join_brackets(text: str) -> str:
 
 
 def _join_pairs(line: str, mark: str) -> str:
-    """Free-standing quotation marks of a line, taken in turn as opening and closing ones; a
-    single one behind a word in s, with none open, is a possessive (the brothers ' house)."""
+    """Join free-standing quotation marks to what they quote: they open and close in turn. A single
+    mark after a word in s, outside a quotation, is a possessive (the brothers ' house)."""
     spaces, is_open = [-1], False  # places of the spaces that go
     for match in re.finditer(f"(?<![^ ]){mark}(?![^ ])", line):
         place = match.start()

@@ -1,7 +1,7 @@
 """The corpus that every installation has: the docstrings of the packages in requirements.txt.
 
-About 25,000 documents, 25 MB of English and code. Extracted once (a minute of parsing) into the
-cache folder, split into train and valid by the hash of each document; no package is imported.
+About 25,000 documents, 25 MB of English and code. They are extracted once (a minute) into the cache
+folder, and split into train and valid by the hash of each document. No package is imported.
 """
 
 import ast
@@ -29,7 +29,7 @@ VALID_FRACTION = 0.02
 
 
 def hash_fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone: the rule behind every split."""
+    """A number in [0, 1) that depends on the text alone; every split is made by it."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
@@ -43,7 +43,7 @@ def read_docstrings(split: str) -> Iterator[str]:
 
 
 def package_versions() -> dict[str, str]:
-    """The version of each package of docs: that is installed; none of them is imported."""
+    """The version of each package of docs: that is installed; no package is imported."""
     versions = {}
     for package in filter(importlib.util.find_spec, PACKAGES):
         try:
@@ -64,11 +64,11 @@ def _cached_docstrings() -> list[str]:
         digest, _, lines = path.read_bytes().partition(b"\n")
         if hashlib.sha256(lines).hexdigest().encode() == digest:
             return [json.loads(line) for line in lines.splitlines()]
-        log(f"docs: {path} is damaged and made anew")
+        log(f"docs: {path} is damaged: extracting the docstrings again")
     except OSError:
-        pass  # not there yet, or not readable: then not writable either, which is said below
+        pass  # not there yet; or not readable, so not writable either: logged below
     names = " ".join(versions)
-    log(f"docs: reading the docstrings of {names}: a minute, once; kept in {path}")
+    log(f"docs: reading the docstrings of {names}: takes a minute, once; kept in {path}")
     if missing := sorted(set(PACKAGES) - set(versions)):
         log(f"docs: without {', '.join(missing)} (not installed)")
     texts = _docstrings(versions)
@@ -79,14 +79,14 @@ def _cached_docstrings() -> list[str]:
         partial.write_bytes(hashlib.sha256(lines).hexdigest().encode() + b"\n" + lines)
         partial.replace(path)
     except OSError as error:
-        log(f"docs: not kept ({describe(error)}); they are read anew next time")
+        log(f"docs: not kept ({describe(error)}); they are read again next time")
         with contextlib.suppress(OSError):
             partial.unlink()
     return texts
 
 
 def _docstrings(packages: Iterable[str]) -> list[str]:
-    """The docstrings of some length in the packages' sources, each once, in a fixed order."""
+    """The docstrings from MIN_CHARACTERS on in the packages, each once, in a fixed order."""
     texts: dict[str, None] = {}
     for package in packages:
         start = time.monotonic()
@@ -104,10 +104,10 @@ def _file_docstrings(source: bytes) -> Iterator[str]:
         return  # nearly half of the files: not worth parsing
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            warnings.simplefilter("ignore")  # invalid escapes in the packages' strings
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
-        return  # templates, and syntax of a newer Python
+        return  # a template, or the syntax of a newer Python
     for node in _definitions(tree):
         text = ast.get_docstring(node)
         if text and len(text) >= MIN_CHARACTERS:

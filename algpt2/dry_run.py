@@ -1,8 +1,9 @@
 """The dry run: what a TPU slice would make of a training step, asked of its compiler, without it.
 
-`train_tfrecords.py --dry_run v3-128` lowers its step to HLO (dry_run_tf.py), libtpu compiles that
-for the slice in a process of its own (tpu_compiler.py), and this module knows the slices, judges
-what comes back and prints it. A program is that of one core, all-reduce over the slice included.
+`train_tfrecords.py --dry_run v3-128` lowers its step to HLO (dry_run_tf.py). libtpu compiles the
+HLO for the slice in a process of its own (tpu_compiler.py). This module knows the slices, judges
+the compiler's answer and prints it. A program is that of one core, all-reduce over the slice
+included.
 """
 
 import importlib.util
@@ -41,7 +42,7 @@ _TORUS_CHIPS = {
 
 @dataclass(frozen=True)
 class Slice:
-    """A TPU slice as libtpu knows it. A core is what runs one replica: from v4 on a whole chip."""
+    """A TPU slice as libtpu knows it. A core runs one replica; from v4 on it is a whole chip."""
 
     name: str  # as gcloud calls it: v3-128, v5litepod-16
     topology: str  # as libtpu calls it: v3:8x8
@@ -50,10 +51,10 @@ class Slice:
     chip_config: str = ""  # v4: two cores of a chip as one
 
     def rows_per_core(self, batch_size: int) -> int:
-        """Rows of one core of the batch of all.
+        """Rows that each core gets of a batch.
 
         Raises:
-            UserError: the batch does not divide.
+            UserError: the batch is no multiple of the cores.
         """
         if batch_size % self.n_cores:
             raise UserError(
@@ -76,10 +77,10 @@ _GENERATIONS: dict[str, tuple[int, int, dict[int, str], int, str]] = {
 
 
 def parse_slice(name: str) -> Slice:
-    """The slice of a name such as v2-8, v3-128, v4-32, v5e-16 (or v5litepod-16), v5p-8, v6e-256.
+    """Look up a slice by name: v2-8, v3-128, v4-32, v5e-16 (or v5litepod-16), v5p-8, v6e-256.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: no slice has that name.
     """
     generation, _, size = name.replace("v5litepod-", "v5e-").partition("-")
     if generation not in _GENERATIONS:
@@ -99,6 +100,19 @@ def parse_slice(name: str) -> Slice:
     return Slice(gcloud_name, f"{generation}:{shapes[int(size)]}", n_cores, hbm_gib, chip_config)
 
 
+def check_command(flags: TFRecordOptions) -> Slice:
+    """Return the slice of `--dry_run`, or say what is wrong before TensorFlow is imported.
+
+    Raises:
+        UserError: no such slice, a batch that its cores do not divide, or no TPU compiler.
+    """
+    tpu = parse_slice(str(flags.dry_run))
+    if not flags.find_batch:
+        tpu.rows_per_core(flags.optim.batch_size)
+    check_requirements()
+    return tpu
+
+
 def check_requirements() -> None:
     """`UserError` unless the TPU compiler is installed."""
     missing = [name for name in ("jax", "libtpu") if importlib.util.find_spec(name) is None]
@@ -115,8 +129,8 @@ class Compiled:
 
     argument_bytes: int  # weights, optimizer state, tokens
     temp_bytes: int  # activations, gradients
-    output_bytes: int  # of which `alias_bytes` take the place of arguments
-    alias_bytes: int
+    output_bytes: int
+    alias_bytes: int  # outputs that are written over arguments
     code_bytes: int
     flops: float
     seconds: float  # to compile
@@ -130,7 +144,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class TooLarge:
-    """A program that does not fit a core."""
+    """The answer about a program that does not fit a core."""
 
     needed: str = ""  # "24.38 GiB", if the compiler says it
     available: str = ""
@@ -177,10 +191,10 @@ def compile_program(program: bytes, tpu: Slice) -> Compiled | TooLarge:
 
 
 def read_answer(answer: dict[str, Any]) -> Compiled | TooLarge:
-    """The answer of tpu_compiler.py.
+    """Turn the answer of tpu_compiler.py into a result.
 
     Raises:
-        UserError: an error other than too little HBM.
+        UserError: the compiler failed for a reason other than too little HBM.
     """
     if "error" not in answer:
         return Compiled(**answer)
@@ -204,12 +218,12 @@ class Program(Protocol):
 
 @dataclass
 class DryRun:
-    """One training step on one slice, for as many batches as are asked for."""
+    """One training step on one slice, compiled for any number of batches."""
 
     tpu: Slice
     program: Program
     seq_len: int  # tokens of a row
-    flops_per_row: int  # closed form, of one row forward and backward
+    flops_per_row: int  # closed form, one row forward and backward
     compiler: Callable[[bytes, Slice], Compiled | TooLarge] = compile_program
 
     def compile(self, rows: int) -> Compiled | TooLarge:
@@ -251,12 +265,12 @@ class DryRun:
         return answer
 
     def find_batch(self) -> tuple[int, Compiled]:
-        """Rows per core of the largest batch that fits, to an eighth, and its program; printed.
+        """Find the largest rows per core that fit, to an eighth; print and return the program.
 
-        Memory is nearly linear in the rows, so two programs tell about where the end is.
+        Memory is nearly linear in the rows, so two programs tell roughly where the limit is.
 
         Raises:
-            UserError: one row does not fit.
+            UserError: a single row does not fit.
         """
         fits: dict[int, Compiled] = {}
         rows, too_many = 1, MAX_ROWS + 1
@@ -272,15 +286,14 @@ class DryRun:
                 gib = answer.total_bytes / GIB
                 log(f"{rows} rows per core: {gib:.2f} GiB, {ratio:.3f} of the closed form's FLOPs")
                 fits[rows] = answer
-            rows = next_rows(
-                {n: one.total_bytes for n, one in fits.items()}, too_many, self.tpu.hbm_gib * GIB
-            )
+            totals = {n: compiled.total_bytes for n, compiled in fits.items()}
+            rows = next_rows(totals, too_many, self.tpu.hbm_gib * GIB)
         best = max(fits)
         log(self.describe(best, fits[best]))
         return best, fits[best]
 
     def too_large(self, rows: int, answer: TooLarge) -> str:
-        """One sentence about a batch that does not fit, and what to do."""
+        """The message for a batch that does not fit: what it needs and what to do."""
         advice = "--gradient_checkpointing or a smaller model"
         if rows > 1:
             advice = "a smaller --batch_size with more --grad_steps, or --gradient_checkpointing"
@@ -291,11 +304,11 @@ class DryRun:
 
 
 def next_rows(fits: dict[int, int], too_many: int, hbm_bytes: int) -> int:
-    """Rows to try next; `too_many` if the largest that fits is known to an eighth.
+    """Choose the rows to try next; `too_many` if the largest fit is known to an eighth.
 
     Args:
-        fits: rows and bytes of the batches that fit.
-        too_many: the smallest number of rows known, or taken, not to fit.
+        fits: rows of each batch that fits, and its bytes.
+        too_many: the smallest number of rows that does not fit, MAX_ROWS + 1 while none is known.
     """
     most = max(fits)
     step = max(1, most // 8)
@@ -306,24 +319,7 @@ def next_rows(fits: dict[int, int], too_many: int, hbm_bytes: int) -> int:
     least = min(fits)
     if least == most:
         return 2 * most
-    # Over all of them: near its limit XLA recomputes by itself, and more rows may take less.
+    # Slope over the whole range: near the limit XLA recomputes, and more rows may take less.
     slope = max(1.0, (fits[most] - fits[least]) / (most - least))
     guess = most + int((hbm_bytes - fits[most]) / slope)
     return min(max(most + step, guess), MAX_ROWS)
-
-
-def run(flags: TFRecordOptions) -> None:
-    """`--dry_run`: print what a batch takes, or with `--find_batch` the largest that fits.
-
-    What can be wrong with the command is said before TensorFlow is imported.
-    """
-    tpu = parse_slice(str(flags.dry_run))
-    rows = 0 if flags.find_batch else tpu.rows_per_core(flags.batch_size)
-    check_requirements()
-    from .dry_run_tf import prepare
-
-    trial = prepare(flags, tpu)
-    if flags.find_batch:
-        trial.find_batch()
-    else:
-        trial.check(rows)

@@ -1,4 +1,4 @@
-"""The training step of training_tf.py as the program that one core of a TPU slice would run."""
+"""The training step of trainer_tf.py as the program that one core of a TPU slice would run."""
 
 import warnings
 from typing import Any
@@ -9,48 +9,62 @@ from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from .dry_run import DryRun, Slice
 from .errors import UserError
 from .input_tf import find_shards
-from .modeling_tf_algpt2 import LOSS_ROWS
-from .options import TFRecordOptions, TFTrainOptions
-from .runs import check_rows_fit, source_config
-from .training_tf import build_model, build_optimizer, build_step
+from .kernels_tf_algpt2 import LOSS_ROWS
+from .optimizers_tf import build_optimizer
+from .options import RowOptions, TFRecordOptions, TFTrainOptions
+from .start import Start, check_rows_fit
+from .trainer_tf import build_model, build_step
+
+
+def run(flags: TFRecordOptions, tpu: Slice) -> None:
+    """`--dry_run`: print what a batch takes, or with `--find_batch` the largest batch that fits.
+
+    Raises:
+        UserError: as `prepare`; or the batch, or one row, does not fit.
+    """
+    trial = prepare(flags, tpu)
+    if flags.find_batch:
+        trial.find_batch()
+    else:
+        trial.check(tpu.rows_per_core(flags.optim.batch_size))
 
 
 def prepare(flags: TFRecordOptions, tpu: Slice) -> DryRun:
-    """The dry run of a train_tfrecords.py command on a slice; of its shards seq_len alone is read.
+    """The dry run of a train_tfrecords.py command; it reads the shards' seq_len, nothing else.
 
     Raises:
         UserError: no such model, shards that are not there, rows longer than its positions.
     """
     options = flags.train_options()
-    config = source_config(options.model)
-    seq_len = _seq_len(flags, config)
+    config = Start.find(options.model).config()
+    seq_len = _seq_len(flags.data, config)
     check_rows_fit(seq_len, config)
     program = StepProgram(options, seq_len, tpu.n_cores)
     flops = program.model.config.flops_per_token(seq_len) * seq_len
     return DryRun(tpu, program, seq_len, flops)
 
 
-def _seq_len(flags: TFRecordOptions, config: dict[str, Any]) -> int:
-    """`--seq_len`, that of the shards, or without either the model's context."""
-    if flags.seq_len:
-        return flags.seq_len
+def _seq_len(data: RowOptions, config: dict[str, Any]) -> int:
+    """`--seq_len`; without it the shards' seq_len; without shards the model's context."""
+    if data.seq_len:
+        return data.seq_len
     try:
-        return find_shards("--train_path", flags.train_path).manifest.seq_len
+        return find_shards("--train_path", data.train_path).manifest.seq_len
     except UserError:
-        if flags.train_path != TFRecordOptions.train_path:
+        if data.train_path != RowOptions.train_path:
             raise
         return config["n_positions"]
 
 
 class SliceReplica(tf.distribute.ReplicaContext):
-    """One replica among `n_replicas`: its all-reduce is the one that TPUStrategy puts in."""
+    """One replica among `n_replicas`; it uses the same all-reduce as TPUStrategy."""
 
     def __init__(self, n_replicas: int) -> None:
         super().__init__(tf.distribute.get_strategy(), replica_id_in_sync_group=0)
         self.n_replicas = n_replicas
 
     def all_reduce(self, reduce_op: Any, value: Any, options: Any = None) -> Any:
-        """Sum or mean over the replicas of each tensor of a nest."""
+        """Sum or average each tensor of a nest over the replicas."""
         groups = tf.range(self.n_replicas)[None]
         is_mean = reduce_op == tf.distribute.ReduceOp.MEAN
 
@@ -68,7 +82,7 @@ class StepProgram:
         optim, dtype = options.optim, "float32"
         if optim.precision in ("auto", "bf16"):  # auto on a TPU
             dtype = "mixed_bfloat16"
-        model = build_model(options.model, None, seq_len, dtype)
+        model = build_model(Start.find(options.model), dtype)
         model.loss_rows = LOSS_ROWS
         step = build_step(model, build_optimizer(model, optim, 1e-3), optim)
 
@@ -90,8 +104,8 @@ class StepProgram:
             tf.TensorSpec([], tf.bool),
         ]
         lower = self._step.experimental_get_compiler_ir(*specs)
-        # Not for a GPU that happens to be here; without a name, or with a platform_name as the
-        # warning wants, TensorFlow draws a random number, an error where ops are deterministic.
+        # The CPU by name, whatever GPU is here. Without a name, or with the platform_name that the
+        # warning asks for, TensorFlow draws a random number, which deterministic ops forbid.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             device = tf.config.list_logical_devices("CPU")[0].name

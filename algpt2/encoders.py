@@ -1,10 +1,13 @@
 """Text to ids at the speed of the disk: gigatoken, never trusted before `tokenizers` agreed.
 
 gigatoken encodes 300 to 700 MB/s of English per core, `tokenizers` 2 (`benchmarks/data.py`). Three
-things stand between it and a corpus. It has to give the same ids: `choose_encoder` compares them on
-a sample of the very input. It follows a newer Unicode: texts with code points that are unassigned
-in Python's are left to `tokenizers`. And it keeps every word it has met, 7 GB for 1 GB of text
-whose words never repeat: `FastEncoder` is made anew when its process has grown by `CACHE_BYTES`.
+precautions make it safe:
+
+* Same ids: `choose_encoder` compares the ids of both on a sample of the corpus.
+* Same Unicode: gigatoken follows a newer version than Python; `tokenizers` encodes each text with a
+  code point that is unassigned in Python's.
+* Memory: gigatoken keeps every word, 7 GB for 1 GB of text whose words never repeat. `FastEncoder`
+  loads it again when the process has grown by `CACHE_BYTES`, and cuts long documents into pieces.
 """
 
 import functools
@@ -24,16 +27,16 @@ from .tokenization_algpt2 import TextTokenizer
 
 ENCODERS = ("gigatoken", "tokenizers")  # by name
 
-CACHE_BYTES = 112 << 20  # that a process may grow by before the encoder is made anew
-ENCODED_BYTES = 1 << 30  # the same where the system does not tell a process's size
-CHECK_BYTES = 4 << 20  # encoded between two looks at the process's size
+CACHE_BYTES = 112 << 20  # growth of the process after which the encoder is loaded again
+ENCODED_BYTES = 1 << 30  # bytes encoded, if the system does not tell the size of a process
+CHECK_BYTES = 4 << 20  # bytes encoded between two checks of the size of the process
 PIECE_BYTES = 1 << 24  # a longer document is encoded in pieces
 
 Encode = Callable[[Sequence[bytes]], list[np.ndarray]]  # texts as UTF-8 to the ids of each
 
 
 class FastEncoder:
-    """gigatoken behind one call: `encoder(texts)` gives the ids of each text (UTF-8), uint16 or
+    """gigatoken as a function: `encoder(texts)` gives the ids of each text (UTF-8), uint16 or
     uint32 (n_tokens,).
 
     Control codes written out in the text are ordinary text, as in `TextTokenizer`.
@@ -43,10 +46,10 @@ class FastEncoder:
     """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
-        # The model stands last and is megabytes: not parsed and written again.
+        # The model is last and has megabytes: it is neither parsed nor written again.
         head, key, model = tokenizer.to_json().partition(',"model":')
         if not key:
-            raise ValueError("its tokenizer.json has the model in another place")
+            raise ValueError("the model is not last in its tokenizer.json")
         content = json.loads(head + "}")
         if not all(token["special"] for token in content["added_tokens"]):
             raise ValueError("it has added tokens that are found in ordinary text")
@@ -82,7 +85,7 @@ class FastEncoder:
         return self._encoder.encode(text)
 
     def _look_at_memory(self, n_bytes: int) -> None:
-        """Begin anew if the process has grown too much; `n_bytes` are about to be encoded."""
+        """Load the encoder again if the process has grown too much; `n_bytes` come next."""
         self._bytes += n_bytes
         if self._bytes >= self._next_check:
             self._next_check = self._bytes + CHECK_BYTES
@@ -94,16 +97,17 @@ class FastEncoder:
         from gigatoken.gigatoken_rs import load_hf_json
 
         if self._encoder is not None:
-            self._encoder = None  # the old one's memory first, else it would not count as free:
-            return_freed_memory()  # each new encoder could grow by as much as all before
+            # Free the old encoder first: else each new encoder may grow by as much as all before.
+            self._encoder = None
+            return_freed_memory()
         self._encoder = load_hf_json(self._json)
         self._start_bytes, self._bytes, self._next_check = _process_bytes(), 0, CHECK_BYTES
 
 
 def has_unassigned(text: bytes) -> bool:
-    """Whether UTF-8 has a code point that Python's Unicode (14.0 in Python 3.11) has no character
-    for: whether it is a letter depends on a library's version."""
-    # Without its ASCII, which goes at 1 GB/s, most text is short; then each character once.
+    """Whether UTF-8 has a code point that is unassigned in Python's Unicode (14.0 in Python 3.11):
+    libraries of different versions disagree whether it is a letter."""
+    # Without ASCII, which is dropped at 1 GB/s, most texts are short. Each character once.
     new = set(text.translate(None, _ASCII).decode()) - _assigned
     if any(unicodedata.category(character) == "Cn" for character in new):
         return True
@@ -112,11 +116,11 @@ def has_unassigned(text: bytes) -> bool:
 
 
 _ASCII = bytes(range(128))
-_assigned: set[str] = set()  # characters met so far that are
+_assigned: set[str] = set()  # the assigned characters met so far
 
 
 def _pieces(text: bytes) -> Iterable[bytes]:
-    """Cut before a space between two letters: there GPT-2's pattern always begins a new word."""
+    """Cut before spaces between two letters, where GPT-2's pattern always begins a new word."""
     boundary = re.compile(rb"(?<=[A-Za-z]) (?=[A-Za-z])")
     start = 0
     while start < len(text):
@@ -127,7 +131,7 @@ def _pieces(text: bytes) -> Iterable[bytes]:
 
 
 def _process_bytes() -> int:
-    """Memory that this process holds; 0 where the system does not tell."""
+    """Memory of this process; 0 where the system does not tell."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
     except OSError:
@@ -135,21 +139,21 @@ def _process_bytes() -> int:
 
 
 def choose_encoder(tokenizer: TextTokenizer, texts: Iterable[bytes]) -> dict[str, str | int]:
-    """Which encoder a corpus gets, and what was compared: a JSON object for the manifest.
+    """The encoder of a corpus, and how it was compared with `tokenizers`: JSON for the manifest.
 
     Args:
         texts: a sample of the corpus, each valid UTF-8.
     """
     oracle = {"name": "tokenizers", "version": metadata.version("tokenizers")}
     try:
-        encoder = build_encoder(tokenizer, "gigatoken", None)  # the very call of the tasks: kept
+        encoder = build_encoder(tokenizer, "gigatoken", None)  # cached: the tasks call it so
         texts = list(texts)
         expected = tokenizer.encode_batch([text.decode() for text in texts])  # on all cores
         pairs = zip(encoder(texts) if texts else [], expected, strict=True)
         differences = sum(not np.array_equal(ids, expected_ids) for ids, expected_ids in pairs)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of the Rust side is no Exception
+    except BaseException as error:  # a panic in Rust is not an Exception
         if not type(error).__module__.startswith(("pyo3", "builtins")):
             raise
         log(f"gigatoken cannot be used ({error}): encoding with tokenizers, 100 times slower")
@@ -168,12 +172,12 @@ def choose_encoder(tokenizer: TextTokenizer, texts: Iterable[bytes]) -> dict[str
     return {"name": "gigatoken", "version": metadata.version("gigatoken"), **compared}
 
 
-@functools.lru_cache(1)  # half of the time of a small corpus
+@functools.lru_cache(1)  # building takes half of the time of a small corpus
 def build_encoder(tokenizer: TextTokenizer, name: str, detokenizer: str | None = None) -> Encode:
-    """The encoder that `choose_encoder` named; what it has met so far makes it faster.
+    """The encoder of that name, cached: the words that it knows make it faster.
 
     Args:
-        detokenizer: a name of `DETOKENIZERS`: each text is changed by it first.
+        detokenizer: a name of `DETOKENIZERS`; it changes each text before encoding.
     """
     if detokenizer is not None:
         encode = build_encoder.__wrapped__(tokenizer, name)

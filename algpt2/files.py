@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, JSON with a checksum of itself, the cache folder."""
+"""Files that are there whole or not at all, JSON with its checksum, locks, the cache folder."""
 
 import contextlib
 import hashlib
@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 CHECKSUM = "sha256"  # key of a record's own, over all its other keys
 
@@ -100,6 +105,36 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def locked(path: Path, busy: str | None = None) -> Iterator[None]:
+    """Hold a folder, or a file that is made for this, alone among the processes of this machine.
+
+    The lock ends with its process, however that ends, and a link is not followed (`OSError`).
+    Not `filelock`, which cannot hold a folder: shards would get a lock file. Windows and file
+    systems without locks give none.
+
+    Args:
+        busy: the message of the `UserError` if another process holds it; None: wait.
+    """
+    if fcntl is None:
+        yield
+        return
+    if path.is_dir():
+        descriptor = os.open(path, os.O_RDONLY)
+    else:
+        descriptor = no_links(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise UserError(busy) from None
+        except OSError:  # no locks here
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -119,5 +154,5 @@ def append_json(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def no_links(path: str, flags: int) -> int:
+def no_links(path: str | Path, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)

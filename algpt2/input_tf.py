@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from . import batches
 from .errors import UserError, describe
 from .options import TFTrainOptions
+from .processes_tf import Processes
 from .tfrecords import (
     FEATURE,
     MANIFEST_FILE,
@@ -34,7 +36,6 @@ from .tfrecords import (
     parse_manifest,
     record_dtype,
 )
-from .training_tf import Processes
 
 SHUFFLED_ROWS = 1 << 16  # held in memory by all shards together: 134 MB at 1,024 tokens
 READ_BYTES = 1 << 28  # of read-ahead, all shards together
@@ -295,3 +296,27 @@ def corrupt_record(shards: Shards, message: str) -> str:
             if not len(records) or damaged_records(records, manifest.vocab_size).any():
                 return f"{path}: row {row} is corrupt; copy the shard again, or pack it again"
     return f"a shard in {shards.folder} cannot be read: {message[:300]}"
+
+
+class RowInputs(batches.RowInputs):
+    """Tokens of the steps from memory-mapped shards; `Inputs` of a Trainer.
+
+    The order is that of train_pt.py. Each replica gets (steps_per_call, grad_steps, B / replicas,
+    T + 1).
+    """
+
+    wait_s = 0.0  # nothing is waited for: reading a map is part of the step
+    first, tokens = -1, None
+
+    def take(self, step: int) -> tuple[Any, int]:
+        n_steps = self.options.steps_per_call
+        if self.first < 0 or not self.first <= step < self.first + n_steps:
+            self.first, self.tokens = step, self._read(step, n_steps)
+        return self.tokens, step - self.first
+
+    def _read(self, step: int, n_steps: int) -> Any:
+        steps = range(step, step + n_steps)
+        tokens = np.stack([rows for i in steps for rows in self.batches(i)]).astype(np.int32)
+        shape = (n_steps, -1, self.processes.n_local, tokens.shape[1] // self.processes.n_local)
+        tokens = tokens.reshape(*shape, self.seq_len + 1)
+        return self.processes.distribute(np.moveaxis(tokens, 2, 0))

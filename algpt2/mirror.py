@@ -12,15 +12,18 @@ copies; on other machines each process fetches the checkpoint to continue from.
 import contextlib
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .checkpoints import (
+    FILES_OF_RUN,
     LINE_FILES,
+    LOCK_FILE,
+    RUN_FILE,
     STATE_FILE,
     Checkpoint,
     checkpoint_folders,
+    checkpoint_name,
     is_checkpoint_name,
     newest_checkpoint,
     outdated_steps,
@@ -28,37 +31,11 @@ from .checkpoints import (
 )
 from .console import is_main_process, log
 from .errors import UserError, describe
-from .files import is_plain_file, remove
+from .files import is_plain_file, locked, remove
 from .options import ReportOptions
 from .remote import RemotePath, as_path, is_remote, local_folder
-from .report import FILES_OF_RUN, LOCK_FILE, RUN_FILE, locked
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 FILES = (RUN_FILE, *LINE_FILES)  # of a run, beside its checkpoints
-
-
-@contextlib.contextmanager
-def run_folder(report: ReportOptions, overwrite: bool) -> Iterator[Path]:
-    """Hold the folder of `--save_dir` on this machine; of a URL, brought up to date (process 0).
-
-    Raises:
-        UserError: as `report.locked`; the URL holds something else, or only damaged checkpoints.
-        RemoteError: the URL cannot be read or written.
-    """
-    folder = local_folder(report.save_dir)
-    with locked(folder):
-        if is_remote(report.save_dir) and is_main_process():
-            _meet(report, folder, overwrite)
-            log(f"{report.save_dir}: written to {folder}, copied with each checkpoint")
-        try:
-            yield folder
-        except Exception:
-            copy_or_warn(report, step=-1)
-            raise
 
 
 def copy_or_warn(report: ReportOptions, step: int) -> bool:
@@ -119,8 +96,13 @@ def fetch_checkpoint(path: str) -> str:
     return str(_fetch(there, local_folder(there.url.rpartition("/")[0]) / there.name))
 
 
-def _meet(report: ReportOptions, folder: Path, overwrite: bool) -> None:
-    """Bring the run at the URL here, unless what is here is as new."""
+def sync_from_url(report: ReportOptions, folder: Path, overwrite: bool) -> None:
+    """Download the run's newest complete checkpoint, unless the local copy is as new.
+
+    Raises:
+        UserError: the URL holds something else, or only damaged checkpoints.
+        RemoteError: the URL cannot be read or written.
+    """
     home = as_path(report.save_dir)
     files = home.files()
     others = [name for name in files if not name.startswith(".")]
@@ -161,7 +143,7 @@ def _meet(report: ReportOptions, folder: Path, overwrite: bool) -> None:
 def _fetch_newest(home: RemotePath, folder: Path, steps: list[int]) -> Path | None:
     """The newest whole checkpoint of `steps`, here; each newer, broken one is named."""
     for step in reversed(steps):
-        name = f"checkpoint-{step:08d}"
+        name = checkpoint_name(step)
         try:
             return _fetch(home / name, folder / name)
         except UserError as error:
@@ -224,7 +206,7 @@ def _fetch(there: RemotePath, folder: Path, state: dict[str, Any] | None = None)
         state: of the wanted one; if it is in `folder`, nothing is asked of the store.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder.parent):
+    with locked(folder.parent / ".fetch.lock"):  # the others find what this process fetches
         if _is_whole(folder, there, state):
             return folder
         partial = folder.with_name(f".{folder.name}.partial")
@@ -263,17 +245,6 @@ def _names(there: RemotePath) -> dict[str, int]:
 def _of_model(files: dict[str, int]) -> dict[str, int]:
     """Those of some files that are a model's: its evaluation here is not of the copy."""
     return {n: size for n, size in files.items() if n[0] != "." and n not in FILES_OF_RUN}
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process of this machine at a time: the others find what it has fetched."""
-    if fcntl is None:
-        yield
-        return
-    with (folder / ".fetch.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _is_copy(folder: Path, there: RemotePath) -> bool:

@@ -1,37 +1,44 @@
-"""What makes a checkpoint folder one for the rest of the world: the model's code, a card, the hub.
+"""What a checkpoint takes out into the world: the model's code, a card, an upload to the hub.
 
-Every trainer writes checkpoints through `checkpoints.write_checkpoint`, which calls
-`complete_checkpoint`: a folder loads where this project is not installed,
+The trainers call `complete_checkpoint` on every checkpoint. Such a folder loads where this project
+is not installed:
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-and its README.md is a model card out of run.json, metrics.jsonl and evaluation.json.
+Its README.md is a model card made from run.json, metrics.jsonl and evaluation.json.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import CARD_FILE, STATE_FILE, checkpoint_folders
-from .console import is_main_process, log
+from .checkpoints import (
+    CARD_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    STATE_FILE,
+    checkpoint_folders,
+    checkpoint_name,
+)
+from .console import is_main_process, log, markdown_table
 from .errors import UserError, describe
 from .files import is_plain_file, read_record, write_json, write_text
 from .options import ReportOptions
-from .report import METRICS_FILE, RUN_FILE, read_json_lines, send_table
+from .report import read_json_lines, send_table
+from .results import checkpoint_rows, public_name, public_names
 from .tracker import run_name
 
-EVALUATION_FILE = "evaluation.json"
 CARD_HEAD = "<!-- written from run.json; --eval_only and the next checkpoint write it again -->"
-MODEL_FILES = ("configuration_algpt2.py", "modeling_algpt2.py")
+MODEL_FILES = ("configuration_algpt2.py", "kernels_algpt2.py", "modeling_algpt2.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_algpt2.ALGPT2Config",
     "AutoModel": "modeling_algpt2.ALGPT2Model",
     "AutoModelForCausalLM": "modeling_algpt2.ALGPT2LMHeadModel",
 }
-# Of the run, not of the model: an upload has neither.
+# Files of the run, not of the model.
 NOT_UPLOADED = ("optimizer*", STATE_FILE, ".*")
 MEASURE_COLUMNS = ["text", "measure", "value", "unit"]
 VAL_METRICS = {
@@ -43,14 +50,14 @@ VAL_METRICS = {
 
 
 def complete_checkpoint(folder: Path, save_dir: Path, step: int) -> None:
-    """Add to a checkpoint that is being written what its readers elsewhere need."""
+    """Add model code, tokenizer limit and card to a checkpoint that is being written."""
     add_model_code(folder)
     limit_tokenizer(folder)
     try_card(folder, save_dir, step)
 
 
 def try_card(folder: Path, save_dir: Path, step: int) -> None:
-    """`write_card`, or a warning why there is none."""
+    """`write_card`; if it fails, warn with the reason instead."""
     if (save_dir / RUN_FILE).is_file():
         try:
             write_card(folder, save_dir, step)
@@ -59,7 +66,7 @@ def try_card(folder: Path, save_dir: Path, step: int) -> None:
 
 
 def add_model_code(folder: Path) -> None:
-    """Put the model's two files beside the weights of an ALGPT2, and `auto_map` in config.json."""
+    """Put the model's code beside the weights of an ALGPT2, and `auto_map` into config.json."""
     path = folder / "config.json"
     config = _read_object(path)
     if config.get("model_type") != "algpt2":
@@ -70,15 +77,15 @@ def add_model_code(folder: Path) -> None:
 
 
 def limit_tokenizer(folder: Path) -> None:
-    """Have the tokenizer beside a GPT-2 or ALGPT2 truncate, and warn, where its positions end."""
+    """Have the tokenizer of a GPT-2 or ALGPT2 truncate, and warn, where the positions end."""
     path = folder / "tokenizer_config.json"
-    model, own = _read_object(folder / "config.json"), _read_object(path)
-    if own and "n_positions" in model:
-        write_json(path, own | {"model_max_length": model["n_positions"]})
+    model, tokenizer = _read_object(folder / "config.json"), _read_object(path)
+    if tokenizer and "n_positions" in model:
+        write_json(path, tokenizer | {"model_max_length": model["n_positions"]})
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one if there is none or it is damaged (the tokenizer is others')."""
+    """A file's JSON object; an empty object if the file is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -92,7 +99,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 def write_card(folder: Path, save_dir: Path, step: int) -> None:
     """Write README.md into the checkpoint `folder` of the run in `save_dir`.
 
-    A README.md that a person wrote or changed the head of is left alone.
+    A README.md without our first line, which a person wrote or changed, is left alone.
 
     Raises:
         UserError: run.json or metrics.jsonl is damaged.
@@ -106,40 +113,36 @@ def write_card(folder: Path, save_dir: Path, step: int) -> None:
     validated = [x for x in lines if "val_loss" in x and x["step"] <= step][-1:]
     try:
         measures = [*validation_measures(run, validated[0])] if validated else []
-        measures += evaluation_measures(save_dir / EVALUATION_FILE, f"checkpoint-{step:08d}")
+        measures += checkpoint_rows(save_dir, checkpoint_name(step))
         text = card_text(run_name(save_dir, run), run, step, measures)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{save_dir / RUN_FILE} is damaged: {describe(error)}") from error
-    write_text(path, text.encode(errors="replace").decode())  # of names that are not UTF-8
+    write_text(path, text.encode(errors="replace").decode())  # a name may not be UTF-8
 
 
-def update_card(folder: Path) -> None:
-    """Write the card of a checkpoint folder anew, after an evaluation; folders of no run have
-    none."""
-    save_dir = folder.parent
-    if folder in checkpoint_folders(save_dir) and (save_dir / RUN_FILE).is_file():
-        write_card(folder, save_dir, int(folder.name.rpartition("-")[2]))
+def publish_evaluation(folder: Path | None, report: ReportOptions) -> None:
+    """Carry what `--eval_only` measured on a checkpoint on: into its card, to W&B, to the hub.
 
-
-def publish_evaluation(folder: Path, report: ReportOptions) -> None:
-    """Carry what `--eval_only` measured on a checkpoint on: into its card, to W&B, to the hub."""
-    if not is_main_process():
+    Args:
+        folder: of the checkpoint, or None for a model of the hub. Only runs have cards.
+    """
+    if folder is None or not is_main_process():
         return
     save_dir = folder.parent
-    update_card(folder)
     if folder in checkpoint_folders(save_dir) and (save_dir / RUN_FILE).is_file():
-        rows = [
-            [folder.name, text, measure, float(value), unit] for text, measure, value, unit
-            in evaluation_measures(save_dir / EVALUATION_FILE, folder.name)
-        ]  # fmt: skip
         step = int(folder.name.rpartition("-")[2])
+        write_card(folder, save_dir, step)
+        rows = [
+            [folder.name, text, measure, float(value), unit]
+            for text, measure, value, unit in checkpoint_rows(save_dir, folder.name)
+        ]
         send_table(save_dir, report, "evaluation", ["checkpoint", *MEASURE_COLUMNS], rows, step)
     push_to_hub(folder, report.push_to_hub)
 
 
-def validation_measures(run: dict[str, Any], line: dict[str, Any]) -> Iterable[list[str]]:
+def validation_measures(run: dict[str, Any], line: dict[str, Any]) -> Iterator[list[str]]:
     """Rows (text, measure, value, unit) of the last evaluation during training."""
-    name = names(run["options"]["data"]["val_path"])
+    name = public_names(run["options"]["data"]["val_path"])
     rows = run["options"]["data"].get("n_eval_rows")
     last = line["step"] >= run["steps"]
     before = [(f"{name}, before training", run["before"])] if "before" in run else []
@@ -150,31 +153,8 @@ def validation_measures(run: dict[str, Any], line: dict[str, Any]) -> Iterable[l
                 yield [text, measure, f"{values[key]:.4f}", unit]
 
 
-def evaluation_measures(path: Path, checkpoint: str) -> list[list[str]]:
-    """Rows (text, measure, value, unit) of what `--eval_only` measured on this checkpoint; the text
-    with all that tells one evaluation of it from another."""
-    if not is_plain_file(path):  # a pipe would be waited for
-        return []
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))["evaluations"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
-    return [
-        [f"{set_name(record['set'], record['n_eval_examples'])}, {record['text']}, context "
-         f"{record['context']}, stride {record['stride']}, {record['precision']}", measure["name"],
-         f"{measure['value']:.4f}", f"{measure['unit']} ({measure['over']})"]
-        for record in records if Path(str(record["checkpoint"])).name == checkpoint
-        for measure in record["measures"]
-    ]  # fmt: skip
-
-
-def set_name(name: str, n_examples: int | None) -> str:
-    """The name of an evaluation set in tables: it says if only the first examples were taken."""
-    return f"{name}, first {n_examples:,}" if n_examples else name
-
-
 def card_text(name: str, run: dict[str, Any], step: int, measures: list[list[str]]) -> str:
-    """The card: metadata of the hub, what it is, how to load it, its training, its numbers."""
+    """The card: the hub's metadata, then model, how to load it, training, evaluation."""
     from huggingface_hub import ModelCardData
 
     config, own = run.get("model", {}), run.get("model", {}).get("model_type") == "algpt2"
@@ -188,21 +168,21 @@ def card_text(name: str, run: dict[str, Any], step: int, measures: list[list[str
     )  # fmt: skip
     code = ", trust_remote_code=True" if own else ""
     parts = [
-        f"---\n{data.to_yaml()}\n---\n{CARD_HEAD}", f"# {name}", describe_model(run, own),
+        f"---\n{data.to_yaml()}\n---\n{CARD_HEAD}", f"# {name}", model_sentence(run, own),
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("FOLDER_OR_NAME"{code})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_NAME"{code})\n'
         'pipeline("text-generation", model=model, tokenizer=tokenizer)("The")\n```',
-        f"## Training\n\n{markdown_table(['', ''], training_facts(run, step))}",
+        f"## Training\n\n{markdown_table([['', ''], *training_facts(run, step)])}",
     ]  # fmt: skip
     if measures:
-        parts.append(f"## Evaluation\n\n{markdown_table(MEASURE_COLUMNS, measures)}")
+        parts.append(f"## Evaluation\n\n{markdown_table([MEASURE_COLUMNS, *measures])}")
     return "\n\n".join(parts) + "\n"
 
 
-def describe_model(run: dict[str, Any], own: bool) -> str:
-    """A sentence or two: architecture, size, context."""
+def model_sentence(run: dict[str, Any], own: bool) -> str:
+    """Architecture, size and context in a sentence."""
     config = run.get("model", {})
     size = f"{run['parameters']:,} parameters" if "parameters" in run else "A model"
     if not own:
@@ -223,8 +203,8 @@ def training_facts(run: dict[str, Any], step: int) -> list[list[str]]:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     schedule = f"{optim['lr_schedule']}, {optim['warmup_steps']:,} warm-up steps"
     facts = {
-        "text": names(options["data"]["train_path"]),
-        "starts from": shown(start or "random weights"),
+        "text": public_names(options["data"]["train_path"]),
+        "starts from": public_name(start or "random weights"),
         "steps": f"{step:,} of {run['steps']:,}",
         "tokens": f"{step * run['tokens_per_step']:,}, {run['tokens_per_step']:,} a step",
         "optimizer": f"{optim['optimizer']}, peak learning rate {run['peak_lr']:g}, {schedule}",
@@ -237,35 +217,18 @@ def training_facts(run: dict[str, Any], step: int) -> list[list[str]]:
     return [[name, value] for name, value in facts.items()]
 
 
-def shown(path: str) -> str:
-    """A path as the card shows it: of an absolute one the name, as cards are public."""
-    return Path(path).name if Path(path).is_absolute() else path
-
-
-def names(paths: Iterable[str]) -> str:
-    """Several paths in a card or in evaluation.json, which the card takes its rows from."""
-    return " ".join(map(shown, paths))
-
-
-def markdown_table(heading: list[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (heading, *rows)]
-    cells.insert(1, ["---"] * len(heading))
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
-
-
 # --- the hub -------------------------------------------------------------------------------------
 
 
 def check_hub(name: str | None) -> None:
-    """`UserError` unless the hub knows who asks (None: nobody does): said before hours of work."""
+    """`UserError`, before hours of work, unless somebody is logged in (name None: no upload)."""
     if name is None:
         return
     from huggingface_hub import HfApi
 
     try:
         HfApi().whoami()
-    except Exception as error:  # of the hub's client, its HTTP library, the network
+    except Exception as error:  # the client, its HTTP library or the network raise anything
         raise UserError(_refused(name, error)) from None
 
 
@@ -273,7 +236,7 @@ def push_to_hub(folder: Path, name: str | None) -> None:
     """Upload a checkpoint folder, without optimizer state, as the private model `name`.
 
     Raises:
-        UserError: offline, not logged in, no such right.
+        UserError: offline, not logged in, or no right to write there.
     """
     if name is None or not is_main_process():
         return

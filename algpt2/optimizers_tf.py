@@ -1,18 +1,24 @@
-"""Keras' optimizers with the update of PyTorch's, so that a run can move between the two.
+"""Keras' optimizers with PyTorch's updates, so that a run can move between the two frameworks.
 
-Each class says where Keras differs. All of them decay matrices only, inside `update_step`, which is
-what the training step calls in every replica with gradients that are reduced and clipped already
-(Keras' `apply` would reduce them again). `slots` are the states under PyTorch's names.
+Each class says where Keras differs. All decay matrices only. The training step calls `update_step`
+in every replica, with gradients that it has reduced and clipped; Keras' `apply` would reduce them
+again. `slots` are the states under PyTorch's names: a list over the variables, None where a
+variable lacks the state.
 """
 
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+
+from .errors import UserError
+from .modeling_tf_algpt2 import TFALGPT2LMHeadModel
+from .options import OptimOptions
 
 
 def decay_matrix(variable: Any, amount: tf.Tensor) -> None:
-    """Decoupled weight decay by `amount`, learning rate included; vectors are left alone."""
+    """Shrink a matrix by the factor 1 - `amount` (learning rate times decay); skip vectors."""
     if len(variable.shape) >= 2:
         variable.assign(variable * (1 - amount))
 
@@ -21,13 +27,14 @@ def apply_adam(
     variable: Any, m: Any, v: Any, gradient: tf.Tensor, lr: tf.Tensor, step: tf.Tensor,
     betas: tuple[float, float], epsilon: float,
 ) -> None:  # fmt: skip
-    """Adam (arXiv:1412.6980) in one kernel, an eighth of the time of one for each operation.
+    """Adam's update (arXiv:1412.6980) in one kernel instead of one for each operation.
 
     Args:
-        step: of this update, from 1.
+        m, v: first and second moment.
+        step: number of this update, from 1.
     """
     powers = [tf.pow(tf.constant(beta, tf.float32), tf.cast(step, tf.float32)) for beta in betas]
-    # TensorFlow adds epsilon before the bias correction of the second moment, PyTorch behind it.
+    # TensorFlow adds epsilon before the bias correction of the second moment, PyTorch after it.
     epsilon = epsilon * tf.sqrt(1 - powers[1])
     tf.raw_ops.ResourceApplyAdam(
         var=variable.handle, m=m.value.handle, v=v.value.handle, beta1_power=powers[0],
@@ -37,7 +44,7 @@ def apply_adam(
 
 
 class AdamW(keras.optimizers.AdamW):
-    """arXiv:1711.05101; epsilon is PyTorch's, added after the bias correction."""
+    """arXiv:1711.05101. Keras adds epsilon before the bias correction, PyTorch after it."""
 
     @property
     def slots(self) -> dict[str, list[Any]]:
@@ -53,7 +60,7 @@ class AdamW(keras.optimizers.AdamW):
 
 
 class SGD(keras.optimizers.SGD):
-    """The buffer holds gradients, not steps (a schedule acts on all of it); decay is L2."""
+    """PyTorch's buffer sums gradients, Keras' sums steps; the decay is L2, in the gradient."""
 
     @property
     def slots(self) -> dict[str, list[Any]]:
@@ -70,14 +77,15 @@ class SGD(keras.optimizers.SGD):
 
 
 class Muon(keras.optimizers.Muon):
-    """arXiv:2502.16982; the momentum is a mean of gradients, not a sum: the direction is the same.
+    """Muon (arXiv:2502.16982) updates the matrices inside blocks; AdamW embeddings, biases, norms.
 
-    What is no hidden matrix takes AdamW.
+    PyTorch's momentum is a mean of gradients, Keras' a sum; both give the same direction.
+    `projection_layer` and `dense` count as matrices inside blocks.
     """
 
     @property
     def slots(self) -> dict[str, list[Any]]:
-        """A matrix has a `momentum_buffer`, the others have AdamW's."""
+        """`momentum_buffer` where Muon updates, AdamW's two moments elsewhere."""
         by_muon = [v is None for v in self.adam_velocities]
         return {
             "momentum_buffer": self._where(by_muon, self.momentums),
@@ -100,19 +108,22 @@ class Muon(keras.optimizers.Muon):
                 variable, buffer, velocity, gradient, learning_rate, step, betas, self.epsilon
             )
             return
-        rest = (1 - self.momentum) * gradient
-        mean = self.momentum * buffer + rest
+        share = (1 - self.momentum) * gradient
+        mean = self.momentum * buffer + share
         self.assign(buffer, mean)
-        update = self.zeropower_via_newtonschulz5(self.momentum * mean + rest, self.ns_steps)
+        nesterov = self.momentum * mean + share
+        update = self.zeropower_via_newtonschulz5(nesterov, self.ns_steps)
         self.assign_sub(variable, self.lr_adjust(learning_rate * update))
 
 
 class Adafactor(keras.optimizers.Optimizer):
-    """arXiv:1804.04235 with a first moment, which Keras' lacks, and without its full second one.
+    """Adafactor (arXiv:1804.04235) with a first moment, which Keras' lacks.
+
+    A matrix keeps its second moment as row and column means, a vector in full.
 
     Args:
-        beta_1: of the first moment; 0: none is kept.
-        relative_scale: the learning rate is relative to the RMS of each weight.
+        beta_1: decay of the first moment; 0: without a first moment.
+        relative_scale: multiply the learning rate by the RMS of each weight.
     """
 
     def __init__(
@@ -138,8 +149,8 @@ class Adafactor(keras.optimizers.Optimizer):
                 "exp_avg_sq": None if is_matrix else shape,
             }
             for slot, size in shapes.items():
-                new = None if size is None else self.add_variable(size, name=f"{name}.{slot}")
-                self._slots[slot].append(new)
+                state = None if size is None else self.add_variable(size, name=f"{name}.{slot}")
+                self._slots[slot].append(state)
 
     @property
     def slots(self) -> dict[str, list[Any]]:
@@ -174,5 +185,69 @@ class Adafactor(keras.optimizers.Optimizer):
 
 
 def rms(x: Any) -> tf.Tensor:
-    """Root of the mean of squares."""
+    """Root mean square, a scalar."""
     return tf.sqrt(tf.reduce_mean(tf.square(x)))
+
+
+def build_optimizer(model: TFALGPT2LMHeadModel, optim: OptimOptions, lr: float) -> Any:
+    """The optimizer of `--optimizer`; weight decay on matrices only (sources: above)."""
+    if optim.optimizer == "AdamW":
+        optimizer = AdamW(
+            lr, weight_decay=optim.weight_decay, beta_1=optim.beta1, beta_2=optim.beta2,
+            epsilon=1e-8,
+        )  # fmt: skip
+    elif optim.optimizer == "SGD":
+        optimizer = SGD(lr, momentum=float(optim.momentum), weight_decay=optim.weight_decay)
+    elif optim.optimizer == "Adafactor":
+        optimizer = Adafactor(lr, optim.weight_decay, optim.beta1, optim.relative_update_scale)
+    else:
+        optimizer = Muon(
+            lr, weight_decay=optim.weight_decay, momentum=optim.momentum, adam_beta_1=optim.beta1,
+            adam_beta_2=optim.beta2, epsilon=1e-8, exclude_layers=[r"\.wte\.", r"\.wpe\."],
+        )  # fmt: skip
+    optimizer.build(model.trainable_variables)
+    return optimizer
+
+
+def state_tensors(model: TFALGPT2LMHeadModel, optimizer: Any) -> dict[str, np.ndarray]:
+    """The optimizer's state as `{parameter name}/{slot}`, as optimizers_pt.py names it."""
+    # PyTorch's AdamW counts steps in float32, transformers' Adafactor in a Python number.
+    is_adafactor = isinstance(optimizer, Adafactor)
+    step = np.array(optimizer.iterations.numpy(), np.float64 if is_adafactor else np.float32)
+    tensors = {}
+    for i, name in enumerate(model.named_parameters()):
+        slots = {s: v[i] for s, v in optimizer.slots.items() if v[i] is not None}
+        tensors |= {f"{name}/{slot}": variable.numpy() for slot, variable in slots.items()}
+        if slots and "momentum_buffer" not in slots:
+            tensors[f"{name}/step"] = step
+    return tensors
+
+
+def load_state_tensors(
+    model: TFALGPT2LMHeadModel, optimizer: Any, tensors: dict[str, np.ndarray], step: int
+) -> None:
+    """Inverse of `state_tensors`.
+
+    Args:
+        step: of the run; the optimizer's own, which skipped steps are not in, goes before it.
+    Raises:
+        UserError: a tensor belongs to no parameter of the model, or a state is missing.
+    """
+    counted = [int(value) for key, value in tensors.items() if key.endswith("/step")]
+    optimizer.iterations.assign(max(counted, default=step))
+    left = {key for key in tensors if not key.endswith(("/step", "/RMS"))}
+    for i, name in enumerate(model.named_parameters()):
+        for slot, variables in optimizer.slots.items():
+            key = f"{name}/{slot}"
+            if variables[i] is not None:
+                if key not in left:
+                    raise UserError(f"the optimizer state is of another optimizer: it has no {key}")
+                if tensors[key].shape != tuple(variables[i].shape):
+                    raise UserError(
+                        f"the optimizer state is of another model: {key} is of shape "
+                        f"{tensors[key].shape}, expected {tuple(variables[i].shape)}"
+                    )
+                variables[i].assign(tensors[key])
+                left.remove(key)
+    if left:
+        raise UserError(f"the optimizer state is of another model: it has {min(left)}")

@@ -1,17 +1,18 @@
 """Text to packed shards: documents, one stream of tokens, rows of seq_len + 1, equal shards.
 
-The folder's life, each step whole or not at all, so that a killed run goes on to the same bytes:
+Each file of the folder is there whole or not at all, so that a killed command continues to the same
+bytes:
 
     .packing/plan.json     what is being packed; other options in the same folder are an error
-    .packing/00000.json    phase 1 (token_store.py): a task whose tokens are there
+    .packing/00000.json    phase 1 (token_store.py): the tokens of a task are there
     0.tfrecord ...         phase 2: the rows; .packing/0.json says that the shard is complete
-    manifest.json          last: from here on the folder is finished, and .packing is removed
+    manifest.json          last: the folder is finished, and .packing is removed
 
 With a validation split the shards lie in train/ and valid/, each with its manifest.
 
 A folder at a URL (gs://, s3:// ...) is packed in the cache: each shard is uploaded when it is
-complete and its copy here removed, the manifest comes last. This machine needs room for the tokens
-(2 or 4 bytes each) and one shard for each worker.
+complete and its local copy removed; the manifest comes last. The local disk needs room for the
+tokens (2 or 4 bytes each) and a shard for each worker.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,29 +31,30 @@ from typing import Any
 import numpy as np
 
 from .console import Progress, log
-from .corpus import (
-    BrokenInput,
-    ChangedInput,
-    CorpusReport,
-    Part,
-    describe_parts,
-    list_parts,
-    no_document,
-)
 from .detokenizers import detokenize
+from .documents import no_document
 from .encoders import ENCODERS, choose_encoder
 from .errors import UserError, describe
-from .files import CHECKSUM, content_sha256, describe_file, read_record, remove, write_record
+from .files import (
+    CHECKSUM,
+    content_sha256,
+    describe_file,
+    locked,
+    read_record,
+    remove,
+    write_record,
+)
+from .listing import identify_parts, list_parts
 from .memory import keep_freed_memory
 from .options import PackOptions, changed_options
 from .parallel import TasksStopped, available_cores, run_tasks
+from .parts import BrokenInput, ChangedInput, CorpusCounts, Part, Reading
 from .remote import RemotePath, as_path, local_folder
 from .tfrecords import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     Manifest,
     Shard,
-    open_rows,
     read_manifest,
     shard_from_json,
     write_manifest,
@@ -72,319 +74,273 @@ from .token_store import (
 )
 from .tokenization_algpt2 import TextTokenizer
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 WORK_FOLDER, PLAN_FILE, ENCODER_FILE = ".packing", "plan.json", "encoder.json"
+PLAN_NAME = f"{WORK_FOLDER}/{PLAN_FILE}"
 SPLITS = ("train", "valid")  # folders of a corpus that is split
+COUNTS = ("documents", "text_bytes", "words", "line_ends")  # fields of Manifest and CorpusCounts
+# Options that decide the bytes of the shards: manifest.json records them in this order.
+RECORDED = (
+    "files_per_tfrecord", "n_shards", "use_control_codes", "control_codes", "n_examples", "n_files",
+    "line_by_line", "text_key", "detokenizer", "min_length", "dedup", "valid_fraction",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Running:
-    """How it is done: nothing here changes the bytes of the shards."""
+class Job:
+    """What one command packs, and where."""
 
-    workers: int
-    ray: str | None
-    skip_broken: bool  # a task that is done had nothing broken, or left it out
-    home: RemotePath | None = None  # where the shards go, if that is no folder of this machine
+    options: PackOptions
+    tokenizer: TextTokenizer
+    parts: list[Part]
+    counts: CorpusCounts  # filled by listing and reading
+    plan: dict[str, Any]  # the fields of the manifest that decide the bytes of the shards
+    folder: Path  # on this machine; of a URL the shards wait here for their upload
+    home: RemotePath | None  # a folder at a URL
+
+    @property
+    def place(self) -> Path | RemotePath:
+        """The folder that the user named."""
+        return self.home or self.folder
+
+    @property
+    def work(self) -> Path:
+        return self.folder / WORK_FOLDER
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Folders of shards; the manifest of the first is written last."""
+        return SPLITS if self.options.valid_fraction else ("",)
+
+    @property
+    def picks_documents(self) -> bool:
+        """Whether documents are picked or shuffled; else the stream is packed as it lies."""
+        return bool(
+            self.options.dedup or self.options.valid_fraction or self.options.shuffle_documents
+        )
+
+    @property
+    def workers(self) -> int:
+        return self.options.workers or available_cores()
 
 
-def pack(
-    sources: str | Sequence[str],
-    tokenizer: TextTokenizer,
-    save_path: str | Path,
-    *,
-    seq_len: int,
-    files_per_tfrecord: int = PackOptions.files_per_tfrecord,
-    n_shards: int | None = None,
-    use_control_codes: bool = PackOptions.use_control_codes,
-    control_codes: Sequence[str] | None = None,
-    n_examples: int | None = None,
-    n_files: int | None = None,
-    line_by_line: bool = False,
-    text_key: str = PackOptions.text_key,
-    detokenizer: str | None = None,
-    min_length: int = 0,
-    skip_broken: bool = False,
-    dedup: bool = False,
-    valid_fraction: float = 0.0,
-    shuffle_documents: bool = False,
-    seed: int = PackOptions.seed,
-    workers: int | None = None,
-    ray: str | None = None,
-    overwrite: bool = False,
-) -> Manifest:
-    """Pack the documents of `sources` into the folder `save_path`; done already: say so.
+def pack(options: PackOptions, tokenizer: TextTokenizer) -> Manifest:
+    """Pack the documents of `options.path` into `options.save_path`, unless that is done already.
 
-    Each document starts with `control_codes[0]` (None: the tokenizer's end of text) unless
-    `use_control_codes` is off. Shards hold equal numbers of rows: `n_shards` of them, or one for
-    every `files_per_tfrecord` documents. At most `n_examples` rows are written, and reading stops
-    soon after there are as many. A `detokenizer` changes each document before it is encoded; what
-    is counted, compared and split is the text before. Documents of fewer than `min_length`
-    characters are left out, and with `skip_broken` what is damaged; both are counted. `dedup`
-    leaves out copies of earlier ones, `shuffle_documents` orders them by `seed`, `valid_fraction`
-    gives that share, chosen by the documents' hashes, a folder `valid` beside `train`. The bytes do
-    not depend on `workers` (None: as many as cores) and `ray`. Returns the manifest (of `train`,
-    where there are two). `save_path` may be a URL.
+    Each document starts with the first of `control_codes` (None: the tokenizer's end of text)
+    unless `use_control_codes` is off. Shards hold equal numbers of rows: there are `n_shards`, or
+    one for every `files_per_tfrecord` documents. Reading stops soon after there are `n_examples`
+    rows. A `detokenizer` changes each document before it is encoded; documents are counted,
+    compared and split as they were before. The bytes do not depend on `workers` and `ray`.
+
+    Returns:
+        The manifest; of `train`, if `valid_fraction` makes `train` and `valid`.
 
     Raises:
-        BrokenInput: damaged files; what was done before is kept for the command with `skip_broken`.
-        ChangedInput: a file changed meanwhile; the same command reads again the tasks that hold
-            other files now.
+        BrokenInput: damaged files; finished tasks are kept for the command with `skip_broken`.
+        ChangedInput: a file changed meanwhile; the same command repeats only the tasks that hold
+            changed files.
         UserError: text too short for one row, an unknown control code, a folder that holds
             something else or shards of other options, or that cannot be written.
-        OSError: disk full, or an upload that fails; repeat the command, it goes on.
+        OSError: disk full, or an upload that fails; the same command continues.
     """
-    sources, home = [sources] if isinstance(sources, str) else list(sources), as_path(save_path)
-    save_path, home = local_folder(save_path), home if isinstance(home, RemotePath) else None
-    if ray and home and "ALGPT2_CACHE" not in os.environ:
+    job = _plan_job(options, tokenizer)
+    with _locked(job.folder):
+        if options.overwrite:
+            _remove_packing(job)
+        finished = _finished(job)
+        if finished:
+            log(f"{job.place} is done: {finished}")
+            return finished
+        return _pack(job)
+
+
+def _plan_job(options: PackOptions, tokenizer: TextTokenizer) -> Job:
+    home = as_path(options.save_path)
+    home = home if isinstance(home, RemotePath) else None
+    if options.ray and home and "ALGPT2_CACHE" not in os.environ:
         raise UserError(
             f"--ray cannot pack straight into {home}: set ALGPT2_CACHE, on every node, to a folder"
-            " that all of them see; the shards are made there"
+            " that all nodes share; the shards are made there"
         )
-    options = {
-        "files_per_tfrecord": files_per_tfrecord,
-        "n_shards": n_shards,
-        "use_control_codes": use_control_codes,
-        "control_codes": None if control_codes is None else list(control_codes),
-        "n_examples": n_examples,
-        "n_files": n_files,
-        "line_by_line": line_by_line,
-        "text_key": text_key,
-        "detokenizer": detokenizer,
-        "min_length": min_length,
-        "dedup": dedup,
-        "valid_fraction": valid_fraction,
-        "shuffle_seed": seed if shuffle_documents else None,
-    }
-    start_id = _start_id(tokenizer, control_codes) if use_control_codes else None
-    report = CorpusReport()
-    # Damage in an archive's list is an error of the work, not of a folder that is done.
-    parts = list(list_parts(sources, report, line_by_line=line_by_line, skip_broken=True))
-    plan = _plan(describe_parts(parts, n_files), tokenizer, seq_len, options)
-    with _locked(save_path):
-        if overwrite:
-            _remove_packing(save_path, plan)
-        if home is not None:
-            finished = _meet_home(home, save_path, plan, overwrite)
-        else:
-            finished = _finished(save_path, plan)
-        if finished:
-            log(f"{home or save_path} is done: {summary(finished)}")
-            return finished
-        running = Running(workers or available_cores(), ray, skip_broken, home)
-        return _pack(parts, report, tokenizer, save_path, plan, start_id, running)
+    _start_id(options, tokenizer)  # an unknown code is an error before anything is listed
+    counts = CorpusCounts()
+    # Damage in an archive's list stops the work, not the check whether the folder is done.
+    reading = Reading(line_by_line=options.line_by_line, skip_broken=True)
+    parts = list(list_parts(options.path, reading, counts))
+    plan = _plan(options, tokenizer, identify_parts(parts, options.n_files))
+    return Job(options, tokenizer, parts, counts, plan, local_folder(options.save_path), home)
 
 
-def _plan(
-    sources: list[dict], tokenizer: TextTokenizer, seq_len: int, options: dict[str, Any]
-) -> dict[str, Any]:
+def _plan(options: PackOptions, tokenizer: TextTokenizer, sources: list[dict]) -> dict[str, Any]:
     """All that decides the bytes of the shards: the fields of the manifest known beforehand."""
+    recorded = {name: getattr(options, name) for name in RECORDED}
+    if options.control_codes is not None:
+        recorded["control_codes"] = list(options.control_codes)
+    recorded["shuffle_seed"] = options.seed if options.shuffle_documents else None
     return {
         "format_version": FORMAT_VERSION,
-        "seq_len": seq_len,
+        "seq_len": options.seq_len,
         "dtype": np.dtype(tokenizer.dtype).name,
         "vocab_size": tokenizer.vocab_size,
         "eot_id": tokenizer.eot_id,
         "tokenizer_sha256": tokenizer.fingerprint,
         "sources": sources,
-        "options": options,
+        "options": recorded,
     }
 
 
-def _pack(
-    parts: list[Part],
-    report: CorpusReport,
-    tokenizer: TextTokenizer,
-    save_path: Path,
-    plan: dict[str, Any],
-    start_id: int | None,
-    running: Running,
-) -> Manifest:
-    """Both phases; the manifest of the finished folder."""
+def _pack(job: Job) -> Manifest:
     start_s = time.monotonic()
     keep_freed_memory()  # of this process, which may be the only worker
-    work, home = _open_work(save_path, plan), running.home
+    _open_work(job)
     try:
-        store, encoder = _encode(parts, report, tokenizer, work, plan, start_id, running)
-        splits, duplicates = _choose_documents(store, report, plan["options"])
-        manifests = {
-            name: _write_split(save_path / name, work, store, plan, running, counts, segments)
-            for name, (counts, segments) in splits.items()
-        }
-        for name in reversed(manifests):  # train last: it finishes the folder
-            manifest = Manifest(**manifests[name], duplicates=duplicates, encoder=encoder)
-            write_manifest(save_path / name, manifest)
-            if home is not None:
-                (home / name / MANIFEST_FILE).put(save_path / name / MANIFEST_FILE)
-            log(f"{(home or save_path) / name}: {summary(manifest)}")
-    except (BrokenInput, TasksStopped):  # the same command goes on, or one with --skip_broken
+        manifest = _write_folders(job)
+    except (BrokenInput, TasksStopped):  # the same command continues, or with --skip_broken
         raise
-    except UserError as error:  # another command is needed: nothing may stand in its way
-        _remove_shards(save_path)
-        if isinstance(error, ChangedInput):  # the same one lists anew; it knows its tasks again
-            for name in (PLAN_FILE, ENCODER_FILE):
-                (work / name).unlink(missing_ok=True)
-        else:
-            shutil.rmtree(work)
-        if home is not None:
-            _remove_from_home(home)
+    except UserError as error:  # the next command differs: nothing may stand in its way
+        _clear(job, keep_tasks=isinstance(error, ChangedInput))
         raise
-    shutil.rmtree(work)
-    _remove_partial(save_path)  # of a worker that died, and whose task another one did
-    if home is not None:
-        _leave_home(home, save_path)
+    _remove_work(job)
     seconds = max(1e-9, time.monotonic() - start_s)
-    log(f"read {report.summary()}")
-    workers = f"{running.workers} workers" if running.ray is None else f"Ray at {running.ray}"
-    log(f"{seconds:.1f} s, {report.text_bytes / 1e6 / seconds:.2f} MB/s, {workers}")
+    log(f"read {job.counts}")
+    ray = job.options.ray
+    workers = f"{job.workers} workers" if ray is None else f"Ray at {ray}"
+    log(f"{seconds:.1f} s, {job.counts.text_bytes / 1e6 / seconds:.2f} MB/s, {workers}")
     return manifest
 
 
-def summary(manifest: Manifest) -> str:
-    """One line for people: what a folder of shards holds, and what is not in its rows."""
-    n_shards, bytes_per_token = len(manifest.shards), manifest.text_bytes / manifest.tokens
-    parts = [
-        f"{manifest.documents:,} documents, {manifest.text_bytes:,} bytes",
-        f"{manifest.words:,} words",
-        f"{manifest.tokens:,} tokens ({bytes_per_token:.2f} bytes per token)",
-        f"{manifest.n_rows:,} rows of {manifest.seq_len} tokens",
-        f"{n_shards:,} shards of {manifest.shards[0].rows:,} rows" if n_shards > 1 else "1 shard",
-        f"{manifest.left_over_tokens:,} tokens left over",
-    ]
-    if manifest.duplicates:
-        parts.insert(1, f"{manifest.duplicates:,} copies left out")
-    if manifest.dropped_rows:
-        limit = manifest.options.get("n_examples")
-        reason = "that do not divide by the shards" + (
-            f" or --n_examples {limit} cut" if limit else ""
-        )
-        parts.append(f"{manifest.dropped_rows:,} rows dropped {reason}")
-    return ", ".join(parts)
+def _write_folders(job: Job) -> Manifest:
+    """Both phases; the manifest that finishes the folder."""
+    store, encoder = _encode(job)
+    splits, duplicates = _choose_documents(job, store)
+    manifests = {
+        name: _write_split(job, name, store, counts, segments)
+        for name, (counts, segments) in splits.items()
+    }
+    for name in reversed(manifests):  # train last: it finishes the folder
+        manifest = Manifest(**manifests[name], duplicates=duplicates, encoder=encoder)
+        write_manifest(job.folder / name, manifest)
+        if job.home is not None:
+            (job.home / name / MANIFEST_FILE).put(job.folder / name / MANIFEST_FILE)
+        log(f"{job.place / name}: {manifest}")
+    return manifest
 
 
 # --- phase 1: documents to tokens ----------------------------------------------------------------
 
 
-def _encode(
-    parts: list[Part],
-    report: CorpusReport,
-    tokenizer: TextTokenizer,
-    work: Path,
-    plan: dict[str, Any],
-    start_id: int | None,
-    running: Running,
-) -> tuple[TokenStore, dict[str, Any]]:
-    """Run the tasks, whose reports are added to `report`; the stored tokens and who encoded."""
-    if report.n_broken and not running.skip_broken:
-        raise BrokenInput(f"{report.broken[0]}; --skip_broken leaves it out and counts it")
-    options = plan["options"]
-    reading = {name: options[name] for name in ("line_by_line", "text_key", "min_length")}
-    reading["skip_broken"] = running.skip_broken
-    tasks = cut_tasks(parts, options["n_files"])
-    texts = sample(tasks, reading)
-    if options["detokenizer"]:
-        texts = (detokenize(text, options["detokenizer"]) for text in texts)
-    encoder = _choose_encoder(work, tokenizer, texts)
-    n_examples = options["n_examples"]
+def _encode(job: Job) -> tuple[TokenStore, dict[str, Any]]:
+    """Run the tasks; the stored tokens, and what the manifest says about the encoder."""
+    options, plan = job.options, job.plan
+    if job.counts.n_broken and not options.skip_broken:
+        raise BrokenInput(f"{job.counts.broken[0]}; --skip_broken leaves it out and counts it")
+    reading = Reading(
+        options.text_key, options.line_by_line, options.min_length, options.skip_broken
+    )
+    tasks = cut_tasks(job.parts, options.n_files)
+    encoder = _choose_encoder(job, sample(tasks, reading))
+    n_examples = options.n_examples
     context = Context(
-        work=work,
-        tokenizer=tokenizer,
+        work=job.work,
+        tokenizer=job.tokenizer,
         encoder=encoder["name"],
-        start_id=start_id,
+        start_id=_start_id(options, job.tokenizer),
         reading=reading,
-        with_documents=_picks_documents(options),
-        max_tokens=math.inf if n_examples is None else n_examples * plan["seq_len"] + 1,
-        detokenizer=options["detokenizer"],
+        with_documents=job.picks_documents,
+        max_tokens=math.inf if n_examples is None else n_examples * options.seq_len + 1,
+        detokenizer=options.detokenizer,
         plan=content_sha256({**plan, "sources": None}),
     )
-    sizes: list[int] = []
+    sizes = _run_encoding(job, context, tasks)
+    if not job.counts.documents:
+        raise no_document([source["source"] for source in plan["sources"]], job.counts)
+    return TokenStore(job.work, sizes, plan["dtype"]), encoder
+
+
+def _run_encoding(job: Job, context: Context, tasks: list[Task]) -> tuple[int, ...]:
+    """The number of tokens of each task; their counts are added to those of the job."""
+    counts, sizes = job.counts, []
     on_disk = (sum(part.size for part in task.parts) or 1 for task in tasks)
-    read = [*itertools.accumulate(on_disk)]  # bytes with so many tasks
+    read = [*itertools.accumulate(on_disk)]  # bytes of the tasks up to each
     with Progress("encode", unit="B") as progress:
-        for result in _encoded(context, tasks, running, progress):
+        for result in _encoded(job, context, tasks, progress):
             sizes.append(result["tokens"])
-            report.add(result["report"])
-            note = f"{report.documents:,} documents, task {len(sizes):,} of {len(tasks):,}"
+            counts.add(result["counts"])
+            note = f"{counts.documents:,} documents, task {len(sizes):,} of {len(tasks):,}"
             enough = min(1.0, sum(sizes) / context.max_tokens)
-            total = round(report.text_bytes / max(read[len(sizes) - 1] / read[-1], enough))
-            progress.update(report.text_bytes - progress.done, note, total)
+            total = round(counts.text_bytes / max(read[len(sizes) - 1] / read[-1], enough))
+            progress.update(counts.text_bytes - progress.done, note, total)
             if sum(sizes) >= context.max_tokens:
                 break
-    if not report.documents:
-        raise no_document([source["source"] for source in plan["sources"]], report)
-    return TokenStore(work, tuple(sizes), plan["dtype"]), encoder
+    return tuple(sizes)
 
 
 def _encoded(
-    context: Context, tasks: list[Task], running: Running, progress: Progress
+    job: Job, context: Context, tasks: list[Task], progress: Progress
 ) -> Iterator[dict[str, Any]]:
     """The tasks' results in order; a single task shows its progress while it runs."""
 
-    def tick(report: CorpusReport) -> None:
-        progress.update(report.text_bytes - progress.done, f"{report.documents:,} documents")
+    def tick(counts: CorpusCounts) -> None:
+        progress.update(counts.text_bytes - progress.done, f"{counts.documents:,} documents")
 
     if len(tasks) == 1:
         return iter([encode_task(context, tasks[0], tick=tick)])
     function = functools.partial(encode_task, context)
-    return run_tasks(function, tasks, workers=running.workers, ray=running.ray)
+    return run_tasks(function, tasks, workers=job.workers, ray=job.options.ray)
 
 
-def _choose_encoder(work: Path, tokenizer: TextTokenizer, texts: Iterable[str]) -> dict[str, Any]:
-    """The encoder of this folder, compared on `texts`: once, so that all tasks have the same."""
-    path = work / ENCODER_FILE
-    with contextlib.suppress(FileNotFoundError, UserError):  # a damaged one is chosen again
+def _choose_encoder(job: Job, texts: Iterable[bytes]) -> dict[str, Any]:
+    """The encoder of this folder, chosen once on a sample, so that all tasks have the same."""
+    path = job.work / ENCODER_FILE
+    with contextlib.suppress(FileNotFoundError, UserError):  # damaged: choose again
         encoder = read_record(path).get("encoder")
         if isinstance(encoder, dict) and encoder.get("name") in ENCODERS:
             return encoder
-    write_record(path, {"encoder": choose_encoder(tokenizer, texts)})
+    if name := job.options.detokenizer:
+        texts = (detokenize(text, name) for text in texts)
+    write_record(path, {"encoder": choose_encoder(job.tokenizer, texts)})
     return read_record(path)["encoder"]
 
 
-def _start_id(tokenizer: TextTokenizer, control_codes: Sequence[str] | None) -> int:
-    """Id of the code that starts each document, the first; the others only have to exist."""
-    if control_codes is None:
+def _start_id(options: PackOptions, tokenizer: TextTokenizer) -> int | None:
+    """Id of the code that starts each document; all other control codes only have to exist."""
+    codes = options.control_codes
+    if not options.use_control_codes:
+        return None
+    if codes is None:
         return tokenizer.eot_id
-    missing = [code for code in control_codes if tokenizer.token_to_id(code) is None]
-    if missing or not control_codes:
+    missing = [code for code in codes if tokenizer.token_to_id(code) is None]
+    if missing or not codes:
         raise UserError(
             f"the tokenizer has no control code {', '.join(missing) or '(none given)'}: pass"
             " --control_codes that it has, or train one with train_tokenizer.py --control_codes"
         )
-    return tokenizer.token_to_id(control_codes[0])
+    return tokenizer.token_to_id(codes[0])
 
 
 # --- which documents -----------------------------------------------------------------------------
 
 
-def _picks_documents(options: dict[str, Any]) -> bool:
-    """Whether documents are looked at one by one; else the stream is packed as it lies."""
-    return bool(
-        options["dedup"] or options["valid_fraction"] or options["shuffle_seed"] is not None
-    )
-
-
 def _choose_documents(
-    store: TokenStore, report: CorpusReport, options: dict[str, Any]
+    job: Job, store: TokenStore
 ) -> tuple[dict[str, tuple[dict[str, int], Segments]], int]:
-    """Of each split the counts of its text and its tokens; how many documents are copies."""
-    if not _picks_documents(options):
-        counts = {name: getattr(report, name) for name in COUNTS}
+    """For each split the counts of its text, and its tokens; then the number of copies."""
+    if not job.picks_documents:
+        counts = {name: getattr(job.counts, name) for name in COUNTS}
         return {"": (counts, Segments.of_stream(sum(store.sizes)))}, 0
     documents = store.documents()
+    valid_fraction = job.options.valid_fraction
     orders, duplicates = order_documents(
         documents,
-        dedup=options["dedup"],
-        valid_fraction=options["valid_fraction"],
-        shuffle_seed=options["shuffle_seed"],
+        dedup=job.options.dedup,
+        valid_fraction=valid_fraction,
+        shuffle_seed=job.plan["options"]["shuffle_seed"],
     )
     splits = {}
     for name, order in orders.items():
         if not len(order):
             raise UserError(
-                f"--valid_fraction {options['valid_fraction']} of {len(documents):,} documents"
+                f"--valid_fraction {valid_fraction} of {len(documents):,} documents"
                 f" leaves none for {name}/: expected more documents, or another fraction"
             )
         counts = {"documents": len(order)}
@@ -393,54 +349,32 @@ def _choose_documents(
     return splits, duplicates
 
 
-COUNTS = ("documents", "text_bytes", "words", "line_ends")  # fields of the manifest and the report
-
-
 # --- phase 2: tokens to shards -------------------------------------------------------------------
 
 
 def _write_split(
-    folder: Path,
-    work: Path,
-    store: TokenStore,
-    plan: dict[str, Any],
-    running: Running,
-    counts: dict[str, int],
-    segments: Segments,
+    job: Job, name: str, store: TokenStore, counts: dict[str, int], segments: Segments
 ) -> dict[str, Any]:
     """Write the shards of one folder; the fields of its manifest."""
-    seq_len, options = plan["seq_len"], plan["options"]
+    seq_len = job.options.seq_len
     n_all = max(0, segments.n_tokens - 1) // seq_len
-    if not n_all:
-        raise UserError(
-            f"the text is too short for one row: {counts['documents']:,} documents make"
-            f" {segments.n_tokens:,} tokens, expected at least {seq_len + 1:,} (--seq_len {seq_len}"
-            " and one); take more text or a smaller --seq_len"
-        )
-    n_rows = min(n_all, options["n_examples"] or n_all)
-    n_shards = options["n_shards"] or math.ceil(counts["documents"] / options["files_per_tfrecord"])
-    if options["n_shards"] and n_rows < n_shards:
-        raise UserError(
-            f"--n_shards {n_shards} needs as many rows, the text makes {n_rows:,}: take more text,"
-            " a smaller --seq_len or fewer shards"
-        )
-    n_shards = min(n_rows, n_shards)
-    size = n_rows // n_shards
+    n_shards, size = _divide_rows(job.options, n_all, counts["documents"], segments.n_tokens)
+    folder = job.folder / name
     folder.mkdir(exist_ok=True)
     places = [i * size * seq_len for i in range(n_shards)]
     tasks = [
         (folder / f"{i}.tfrecord", segments.cut(place, place + size * seq_len + 1))
         for i, place in enumerate(places)
     ]
-    function = functools.partial(_write_shard, work, store, seq_len, running.home)
+    function = functools.partial(_write_shard, store, seq_len, job.home)
     shards: list[Shard] = []
-    doing = "write and upload" if running.home else "write"
-    with Progress(doing, total=n_shards * size, unit=" rows") as progress:
-        for shard in run_tasks(function, tasks, workers=running.workers, ray=running.ray):
+    verb = "write and upload" if job.home else "write"
+    with Progress(verb, total=n_shards * size, unit=" rows") as progress:
+        for shard in run_tasks(function, tasks, workers=job.workers, ray=job.options.ray):
             shards.append(shard)
             progress.update(size)
     return {
-        **plan,
+        **job.plan,
         **counts,
         "shards": tuple(shards),
         "tokens": segments.n_tokens,
@@ -449,32 +383,54 @@ def _write_split(
     }
 
 
+def _divide_rows(
+    options: PackOptions, n_all: int, n_documents: int, n_tokens: int
+) -> tuple[int, int]:
+    """The number of shards, and of rows in each, for `n_all` rows."""
+    seq_len = options.seq_len
+    if not n_all:
+        raise UserError(
+            f"the text is too short for one row: {n_documents:,} documents make {n_tokens:,}"
+            f" tokens, expected at least {seq_len + 1:,} (--seq_len {seq_len} and one); take more"
+            " text or a smaller --seq_len"
+        )
+    n_rows = min(n_all, options.n_examples or n_all)
+    n_shards = options.n_shards or math.ceil(n_documents / options.files_per_tfrecord)
+    if options.n_shards and n_rows < n_shards:
+        raise UserError(
+            f"--n_shards {n_shards} needs as many rows, the text makes {n_rows:,}: take more text,"
+            " a smaller --seq_len or fewer shards"
+        )
+    n_shards = min(n_rows, n_shards)
+    return n_shards, n_rows // n_shards
+
+
 def _write_shard(
-    work: Path,
-    store: TokenStore,
-    seq_len: int,
-    home: RemotePath | None,
-    task: tuple[Path, Segments],
+    store: TokenStore, seq_len: int, home: RemotePath | None, task: tuple[Path, Segments]
 ) -> Shard:
-    """Write one shard, unless it is there and complete; with a `home` it moves there."""
+    """Write a shard, unless it is there and complete; with a `home`, move it there."""
     path, segments = task
-    there = home and home / path.relative_to(work.parent).as_posix()
-    done = work / f"shard-{path.parent.name if path.parent != work.parent else ''}-{path.stem}.json"
-    with contextlib.suppress(FileNotFoundError, UserError):  # not done, or damaged since: again
-        shard = shard_from_json(read_record(done).get("shard"), done)
-        if there and there.stat().st_size == shard.bytes:
+    folder = store.work.parent
+    target = home and home / path.relative_to(folder).as_posix()
+    split = path.parent.name if path.parent != folder else ""
+    record = store.work / f"shard-{split}-{path.stem}.json"
+    with contextlib.suppress(FileNotFoundError, UserError):  # not done, or damaged since
+        shard = shard_from_json(read_record(record).get("shard"), record)
+        if target and target.stat().st_size == shard.bytes:
             return shard
-        if not there and describe_file(path) == (shard.bytes, shard.sha256):
+        if not target and describe_file(path) == (shard.bytes, shard.sha256):
             return shard
     shard = write_shard(path, StreamRows(store, segments, seq_len))
-    if there:
-        there.put(path)
+    if target:
+        target.put(path)
         path.unlink()
-    write_record(done, {"shard": asdict(shard)})
+    write_record(record, {"shard": asdict(shard)})
     return shard
 
 
 # --- the folder ----------------------------------------------------------------------------------
+
+OUTPUT = re.compile(rf"(?:(?:{'|'.join(SPLITS)})/)?(?:\d+\.tfrecord|{re.escape(MANIFEST_FILE)})")
 
 
 @contextlib.contextmanager
@@ -486,58 +442,65 @@ def _locked(save_path: Path) -> Iterator[None]:
         raise UserError(
             f"cannot make the folder --save_path {save_path} ({describe(error)}): choose another"
         ) from None
-    if fcntl is None:
+    with locked(save_path, f"{save_path} is being packed by another process"):
         yield
-        return
-    descriptor = os.open(save_path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{save_path} is being packed by another process") from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)
 
 
-def _folders(save_path: Path, options: dict[str, Any]) -> list[Path]:
-    """Where the shards lie; the first folder's manifest is written last."""
-    return [save_path / name for name in (SPLITS if options["valid_fraction"] else ("",))]
+def _files_in(place: Path | RemotePath) -> dict[str, int]:
+    """Names, relative to the folder, and sizes of what lies in it and its splits; and its plan."""
+    if isinstance(place, RemotePath):
+        return place.files()
+    folders = [place, *(place / name for name in SPLITS)]
+    paths = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+    paths += [place / PLAN_NAME] if (place / PLAN_NAME).is_file() else []
+    return {
+        path.relative_to(place).as_posix(): path.stat().st_size if path.exists() else 0
+        for path in paths
+    }
 
 
-def _finished(save_path: Path, plan: dict[str, Any]) -> Manifest | None:
-    """The manifest, if the folder holds the shards of `plan`, complete; None if unfinished.
+def _finished(job: Job) -> Manifest | None:
+    """The manifest, if the folder holds the shards of `job.plan`, complete; None if unfinished.
 
     Raises:
         UserError: the folder holds something else.
     """
-    work = save_path / WORK_FOLDER
-    for folder in dict.fromkeys([save_path, *_folders(save_path, plan["options"])]):
-        if (folder / MANIFEST_FILE).exists():
-            manifest = read_manifest(folder)
-            _check_plan(save_path, {name: getattr(manifest, name) for name in plan}, plan)
-    manifests = []
-    for folder in _folders(save_path, plan["options"]):
-        if (folder / MANIFEST_FILE).exists():
-            manifests.append(open_rows(folder).manifest)
-    if len(manifests) == len(_folders(save_path, plan["options"])):
-        shutil.rmtree(work, ignore_errors=True)  # of a run killed behind its last step
-        return manifests[0]
-    if (work / PLAN_FILE).exists():
-        _check_plan(save_path, _read_plan(work / PLAN_FILE), plan)
-        return None
-    others = sorted(path.name for path in save_path.iterdir() if not path.name.startswith("."))
-    if others:
+    place, files = job.place, _files_in(job.place)
+    manifests = {}
+    for name in ("", *SPLITS):
+        if _in(name, MANIFEST_FILE) in files:
+            manifest = manifests[name] = read_manifest(place / name)
+            _check_plan(place, {field: getattr(manifest, field) for field in job.plan}, job.plan)
+    if all(name in manifests for name in job.splits):
+        for name in job.splits:
+            _check_sizes(place, name, manifests[name], files)
+        _remove_work(job)  # of a command that was killed after its last manifest
+        return manifests[job.splits[0]]
+    others = [name for name in files if not re.match(r"(.*/)?\.", name)]
+    if PLAN_NAME in files:
+        _check_plan(place, _read_plan(place / PLAN_NAME), job.plan)
+    elif others:
         raise UserError(
-            f"{save_path} holds other files ({', '.join(others[:3])}): expected an empty folder or"
-            " shards of the same command; choose another --save_path"
+            f"{place} holds other files ({', '.join(sorted(others)[:3])}): expected an empty folder"
+            " or shards of the same command; choose another --save_path"
         )
+    if job.home is not None and not (PLAN_NAME in files and _has_plan(job)):
+        for path in job.folder.iterdir():  # of another plan, which the folder no longer has
+            remove(path)
     return None
 
 
-def _check_plan(save_path: Path | RemotePath, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _check_sizes(
+    place: Path | RemotePath, split: str, manifest: Manifest, files: dict[str, int]
+) -> None:
+    for shard in manifest.shards:
+        if files.get(_in(split, shard.file)) != shard.bytes:
+            raise UserError(
+                f"{place / split / shard.file} is missing or damaged: pack again with --overwrite"
+            )
+
+
+def _check_plan(place: Path | RemotePath, old: dict[str, Any], new: dict[str, Any]) -> None:
     ignored = ("sources", "tokenizer_sha256", "format_version", CHECKSUM)
     changes = changed_options(old, new, ignored)
     before, after = str(old.get("tokenizer_sha256")), new["tokenizer_sha256"]
@@ -548,143 +511,91 @@ def _check_plan(save_path: Path | RemotePath, old: dict[str, Any], new: dict[str
         changes.append(f"text: {before} -> {after}" if before != after else f"files of {after}")
     if changes:
         raise UserError(
-            f"{save_path} holds shards of another command ({'; '.join(changes[:6])}): choose"
+            f"{place} holds shards of another command ({'; '.join(changes[:6])}): choose"
             " another --save_path, repeat that command, or --overwrite to remove them"
         )
 
 
 def _name_sources(sources: Any) -> str:
-    described = sources if isinstance(sources, list) else []
-    return " ".join(str(s.get("source")) for s in described if isinstance(s, dict)) or "unknown"
+    sources = sources if isinstance(sources, list) else []
+    return " ".join(str(s.get("source")) for s in sources if isinstance(s, dict)) or "unknown"
 
 
-def _read_plan(path: Path) -> dict[str, Any]:
+def _read_plan(path: Path | RemotePath) -> dict[str, Any]:
     try:
         return read_record(path, required=False)
     except UserError as error:
         raise UserError(f"{error}; pack again with --overwrite") from None
 
 
-def _open_work(save_path: Path, plan: dict[str, Any]) -> Path:
-    work = save_path / WORK_FOLDER
-    try:
-        if work.is_symlink():
-            raise UserError(f"{work} is a link: expected a folder; remove the link")
-        work.mkdir(exist_ok=True)
-        write_record(work / PLAN_FILE, plan)
-    except OSError as error:
-        raise UserError(f"cannot write to --save_path {save_path} ({describe(error)})") from None
-    _remove_partial(save_path)  # of a killed run
-    return work
-
-
-def _remove_partial(save_path: Path) -> None:
-    for path in save_path.rglob(".*.partial"):
-        remove(path)
-
-
-def _remove_packing(save_path: Path, plan: dict[str, Any]) -> None:
-    """Remove what an earlier command packed here; files of others stay."""
-    work = save_path / WORK_FOLDER
-    folders = [save_path, *(save_path / name for name in SPLITS)]
-    manifests = [folder / MANIFEST_FILE for folder in folders]
-    if not (work / PLAN_FILE).exists() and not any(path.exists() for path in manifests):
-        return
-    # The plan first: killed in between, the folder is still known as ours.
-    shutil.rmtree(work, ignore_errors=True)
-    _open_work(save_path, plan)
-    for path in manifests:
-        path.unlink(missing_ok=True)
-    _remove_shards(save_path)
-
-
-def _remove_shards(save_path: Path) -> None:
-    for folder in (save_path, *(save_path / name for name in SPLITS)):
-        for path in folder.glob("*.tfrecord"):
-            if path.stem.isdigit():
-                path.unlink()
-        if folder != save_path and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-# --- a folder at a URL ---------------------------------------------------------------------------
-
-PLAN_NAME = f"{WORK_FOLDER}/{PLAN_FILE}"
-
-
-def _meet_home(
-    home: RemotePath, save_path: Path, plan: dict[str, Any], overwrite: bool
-) -> Manifest | None:
-    """The manifest, if the folder at a URL holds the shards of `plan`, complete; None if
-    unfinished: then it has the plan, and the work in `save_path` is of the same plan.
-
-    Raises:
-        UserError: the folder holds something else.
-    """
-    if overwrite:
-        _remove_from_home(home)
-    files = home.files()
-    folders = SPLITS if plan["options"]["valid_fraction"] else ("",)
-    manifests = {}
-    for name in ("", *SPLITS):
-        if _in(name, MANIFEST_FILE) in files:
-            manifest = manifests[name] = read_manifest(home / name)
-            _check_plan(home, {field: getattr(manifest, field) for field in plan}, plan)
-    if all(name in manifests for name in folders):
-        for name in folders:
-            for shard in manifests[name].shards:
-                if files.get(_in(name, shard.file)) != shard.bytes:
-                    raise UserError(
-                        f"{home / name / shard.file} is missing or damaged: pack again with"
-                        " --overwrite"
-                    )
-        _leave_home(home, save_path)  # of a run killed behind its last step
-        return manifests[folders[0]]
-    others = [name for name in files if not Path(name).name.startswith(".") and name != PLAN_NAME]
-    work = save_path / WORK_FOLDER
-    if PLAN_NAME in files:
-        (home / PLAN_NAME).get(save_path / PLAN_FILE)
-        _check_plan(home, _read_plan(save_path / PLAN_FILE), plan)
-    elif others:
-        raise UserError(
-            f"{home} holds other files ({', '.join(others[:3])}): expected an empty folder or"
-            " shards of the same command; choose another --save_path"
-        )
-    if PLAN_NAME not in files or not _has_plan(work, plan):
-        for path in save_path.iterdir():  # of another plan, which the folder no longer has
-            remove(path)
-    if PLAN_NAME not in files:
-        (home / PLAN_NAME).put(_open_work(save_path, plan) / PLAN_FILE)
-    return None
-
-
-def _has_plan(work: Path, plan: dict[str, Any]) -> bool:
-    with contextlib.suppress(FileNotFoundError, UserError):  # none, or another
-        _check_plan(work, _read_plan(work / PLAN_FILE), plan)
+def _has_plan(job: Job) -> bool:
+    """Whether the work on this machine is of the same plan."""
+    with contextlib.suppress(FileNotFoundError, UserError):  # none, or another plan
+        _check_plan(job.folder, _read_plan(job.work / PLAN_FILE), job.plan)
         return True
     return False
 
 
-def _leave_home(home: RemotePath, save_path: Path) -> None:
-    """What was needed to continue is not needed any more."""
-    (home / PLAN_NAME).unlink(missing_ok=True)
-    shutil.rmtree(save_path, ignore_errors=True)
+def _open_work(job: Job, *, overwrite: bool = False) -> None:
+    """Write the plan, at a URL unless it is there: from here on the same command continues."""
+    try:
+        if job.work.is_symlink():
+            raise UserError(f"{job.work} is a link: expected a folder; remove the link")
+        job.work.mkdir(exist_ok=True)
+        write_record(job.work / PLAN_FILE, job.plan)
+    except OSError as error:
+        raise UserError(f"cannot write to --save_path {job.folder} ({describe(error)})") from None
+    if job.home is not None and (overwrite or not (job.home / PLAN_NAME).is_file()):
+        (job.home / PLAN_NAME).put(job.work / PLAN_FILE)
+    _remove_partial(job.folder)  # of a killed command
 
 
-def _remove_from_home(home: RemotePath) -> None:
-    """Remove what a command packed here, its plan last; files of others stay."""
-    files = home.files()
-    manifests = [_in(name, MANIFEST_FILE) for name in ("", *SPLITS)]
-    if PLAN_NAME not in files and not any(name in files for name in manifests):
-        return
-    folders = {_in(name, "") for name in ("", *SPLITS)}
-    shards = [
-        name for name in files
-        if re.fullmatch(r"(.*/)?\d+\.tfrecord", name) and name.rpartition("/")[0] in folders
-    ]  # fmt: skip
-    for name in (*shards, *manifests, PLAN_NAME):
-        (home / name).unlink(missing_ok=True)
+def _remove_work(job: Job) -> None:
+    """Remove what a finished folder no longer needs."""
+    if job.home is not None:
+        (job.home / PLAN_NAME).unlink(missing_ok=True)
+        shutil.rmtree(job.folder, ignore_errors=True)
+    else:
+        shutil.rmtree(job.work, ignore_errors=True)
+        _remove_partial(job.folder)  # of a worker that died, and whose task another worker did
+
+
+def _remove_partial(folder: Path) -> None:
+    for path in folder.rglob(".*.partial"):
+        remove(path)
+
+
+def _remove_packing(job: Job) -> None:
+    """Remove what an earlier command packed here; all other files stay."""
+    files = _files_in(job.place)
+    if PLAN_NAME in files or any(_in(name, MANIFEST_FILE) in files for name in ("", *SPLITS)):
+        # The new plan first: if this is killed in between, the folder is still known as ours.
+        shutil.rmtree(job.work, ignore_errors=True)
+        _open_work(job, overwrite=True)
+        _remove_outputs(job.place)
+
+
+def _clear(job: Job, *, keep_tasks: bool) -> None:
+    """Remove all that this command wrote; the tasks may be kept for a command with a new plan."""
+    _remove_outputs(job.folder)
+    if keep_tasks:
+        for name in (PLAN_FILE, ENCODER_FILE):
+            (job.work / name).unlink(missing_ok=True)
+    else:
+        shutil.rmtree(job.work)
+    if job.home is not None:
+        _remove_outputs(job.home)
+        (job.home / PLAN_NAME).unlink(missing_ok=True)
+
+
+def _remove_outputs(place: Path | RemotePath) -> None:
+    """Remove shards, manifests and folders of splits that are empty then."""
+    for name in filter(OUTPUT.fullmatch, _files_in(place)):
+        (place / name).unlink(missing_ok=True)
+    for folder in (place / name for name in SPLITS if isinstance(place, Path)):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _in(folder: str, name: str) -> str:
-    return "/".join(part for part in (folder, name) if part)
+    return f"{folder}/{name}" if folder else name

@@ -22,13 +22,13 @@ Task, Result = TypeVar("Task"), TypeVar("Result")
 
 # On a Ray cluster:
 ROOT = Path(__file__).resolve().parent.parent  # the workers import this project from here
-RETRIES = 3  # of a task whose node or process died; Ray needs up to half a minute to see it
-AHEAD = 8  # tasks in flight per core: the others go on while one is repeated, memory stays flat
+RETRIES = 3  # of a task whose node or process died, which Ray notices within half a minute
+AHEAD = 8  # tasks in flight per core: work continues while a task is repeated, memory stays flat
 CONNECT_S, WAIT_S, CANCEL_S = 10, 10, 60
 
 
 class TasksStopped(UserError):
-    """The workers failed, not the work: what is done is good, the same command goes on."""
+    """Workers died or cannot be reached; finished tasks are good, the same command continues."""
 
 
 def available_cores() -> int:
@@ -48,7 +48,7 @@ def run_tasks(
     """`function(task)` for each task, yielded in their order; tasks and results are pickled.
 
     Args:
-        workers: processes; one works in this process.
+        workers: processes; 1: the tasks run in this process.
         ray: address of a Ray cluster (`auto`, `host:port`) that runs the tasks instead.
 
     Raises:
@@ -80,8 +80,7 @@ def _in_processes(
 
 
 def _start_worker() -> None:
-    """A worker does not outlive the process that started it, and is one thread. Ctrl-C reaches
-    both: it is that process's to answer."""
+    """Set up a worker: a single thread that ends with its parent process, which answers Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_freed_memory()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -100,9 +99,9 @@ def _start_worker() -> None:
 def _on_ray(
     function: Callable[[Task], Result], tasks: Sequence[Task], address: str
 ) -> Iterator[Result]:
-    """Tasks in order, a bounded number in flight; Ray repeats those of a node that dies.
+    """Tasks in order, a bounded number in flight; Ray repeats the tasks of a node that dies.
 
-    Not `ray.util.multiprocessing.Pool`: its actors, and with them the run, die with their node.
+    Not `ray.util.multiprocessing.Pool`: when a node dies, its actors end the whole run.
     """
     with _connected(address) as ray:
         run = ray.remote(max_retries=RETRIES)(_as_worker)
@@ -126,8 +125,8 @@ def _on_ray(
 
 @contextlib.contextmanager
 def _connected(address: str) -> Iterator[Any]:
-    """The module `ray`, connected, with nothing of its own on the console; then disconnected."""
-    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # of 40 s each: it gives up after 20
+    """The module `ray`, connected to the cluster and silent on the console; then disconnected."""
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # not 20 retries of 40 s each
     try:
         import ray
     except ImportError:
@@ -142,21 +141,21 @@ def _connected(address: str) -> Iterator[Any]:
                 address, log_to_driver=False, logging_level="ERROR",
                 runtime_env={"env_vars": environment},
             )  # fmt: skip
-        # Else it prints forty lines of log for each node that dies, whatever log_to_driver says.
+        # Ray prints forty lines of log for each node that dies, in spite of log_to_driver.
         with contextlib.suppress(KeyError):
             sys.modules["ray._private.worker"].print_to_stdstream = lambda *_, **__: None
     except (OSError, RuntimeError, ValueError) as error:
         raise TasksStopped(f"no Ray cluster at --ray {address}: {describe(error)}") from None
     try:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # ray.init puts its own
+            signal.signal(signal.SIGTERM, handler)  # ray.init has replaced it
         yield ray
     finally:
         ray.shutdown()
 
 
 def _check_answers(address: str) -> None:
-    """`OSError` at once where Ray tries for minutes."""
+    """`OSError` at once if nothing answers; Ray would try for minutes."""
     if address.startswith("ray://"):
         raise ValueError("run the command on a node of the cluster, with auto or host:port")
     host, _, port = address.rpartition(":")
@@ -177,23 +176,23 @@ def _answers(address: str) -> bool:
 
 
 def _as_worker(folder: str, function: Callable[[Task], Result], task: Task) -> Result:
-    """A task on a node of the cluster, as in a local worker that was started from `folder`."""
+    """Do a task on a node of the cluster, as a local worker does that was started in `folder`."""
     keep_freed_memory()
     os.chdir(folder)
     return function(task)
 
 
 def _result(ray: Any, reference: Any) -> Any:
-    """What a task returned, or the error that it ended with.
+    """The result of a task; its error is raised.
 
     Raises:
-        TasksStopped: the cluster failed, its head is gone, or all its nodes are.
+        TasksStopped: the cluster failed, or has lost its head or all nodes.
     """
     misses = 0
     while not ray.wait([reference], timeout=WAIT_S)[0]:
         head = ray.get_runtime_context().gcs_address
         misses = 0 if _answers(head) and _cores(ray) else misses + 1
-        if misses == 3:  # after 60 s without a head Ray would end this process
+        if misses == 3:  # Ray ends this process after 60 s without a head
             raise TasksStopped(
                 "the Ray cluster has lost its head or all its nodes: what is done is kept; repeat"
                 " the command when they are back, or without --ray"
@@ -222,7 +221,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def _cancel(ray: Any, references: Collection[Any]) -> None:
-    """End the tasks, and wait: none may write into a folder that its caller has left."""
+    """End the tasks and wait, so that no task writes into a folder that its caller has left."""
     if references and _answers(ray.get_runtime_context().gcs_address):
         for reference in references:
             ray.cancel(reference)

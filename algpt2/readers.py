@@ -1,8 +1,8 @@
-"""Reading one part of a corpus: raw texts out of files, tables and archives.
+"""Reading a part of a corpus: raw texts out of files, tables and archives.
 
 A raw text is bytes that should be UTF-8, or a string that may hold lone surrogates, or None where a
-row has none; `corpus.py` makes documents of them. A file is looked at again when it has been read:
-one that is not the file that was listed is an error, as its shards would be nobody's.
+row has no text; documents.py makes documents of them. If a file changed since it was listed, the
+reader stops: the shards would match no version of the text.
 """
 
 import codecs
@@ -14,135 +14,44 @@ import os
 import re
 import stat
 import zipfile
-import zlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from .archives import (
     BLOCK,
     BUFFER_BYTES,
-    Broken,
+    ZIP_ERRORS,
     TarStream,
     byte_range,
     decompressed,
     is_tar_header,
     look_ahead,
+    open_zip,
 )
 from .docstrings import read_docstrings
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from .corpus import CorpusReport, Part
-
-__all__ = [
-    "BrokenInput",
-    "ChangedInput",
-    "PartReader",
-    "Reading",
-    "file_stamp",
-    "member_kind",
-    "named_kind",
-    "split_suffix",
-    "unreadable",
-]
-
-# What a folder or an archive is searched for; .json is often configuration, so it has to be named.
-FOLDER_SUFFIXES = {"", ".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet", ".tar", ".zip"}
-KINDS = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet",
-    ".tar": "tar", ".zip": "zip",
-}  # fmt: skip
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz", ".xsz": "xz"}
-SHORT_SUFFIXES = {".tgz": ".gz", ".tzst": ".zst", ".tbz2": ".bz2", ".txz": ".xz"}  # a tar in it
-COMPRESSED = COMPRESSIONS.keys() | SHORT_SUFFIXES.keys()
-# Never text, even when named on the command line or by a glob; any other suffix then is text.
-BINARY_SUFFIXES = set(
-    ".7z .arrow .bin .bmp .gif .h5 .ico .jpeg .jpg .mp3 .mp4 .npy .npz .pdf .pkl .png .pt .pth .pyc"
-    " .rar .safetensors .so .tfrecord .wav .webp".split()
+from .parts import (
+    BYTES,
+    COMPRESSED,
+    Broken,
+    ChangedInput,
+    CorpusCounts,
+    Part,
+    Reading,
+    file_stamp,
+    file_suffix,
+    is_hidden,
+    member_kind,
+    split_suffix,
+    unreadable,
 )
-BYTES = ("utf-8", "surrogateescape")  # arguments of encode and decode
+
 SMALL_BYTES = 1 << 16  # a file is read with one call up to this size
-LONG_BYTES = 1 << 24  # a line of JSON whose memory matters
+LONG_BYTES = 1 << 24  # a longer line of JSON is decoded in less memory
 MAX_DEPTH = 4  # of archives in archives
-MAX_BROKEN = 1000  # messages kept in a report
 
 RawTexts = Iterator[bytes | str | None]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What makes a document; it is sent to the workers."""
-
-    text_key: str = "text"  # column or key of the text in tables
-    line_by_line: bool = False  # each line is a document
-    min_length: int = 0  # characters; shorter documents are left out
-    skip_broken: bool = False  # leave out what is damaged, counted, instead of stopping
-    is_sample: bool = False  # only the first documents are wanted
-
-
-# --- what a name says ----------------------------------------------------------------------------
-
-
-def split_suffix(name: str) -> tuple[str, str | None]:
-    """The suffix that tells the kind, of what is inside where it is compressed, and how it is."""
-    suffix = file_suffix(name)
-    if suffix in SHORT_SUFFIXES:
-        return ".tar", COMPRESSIONS[SHORT_SUFFIXES[suffix]]
-    if suffix in COMPRESSIONS:
-        return file_suffix(name[: -len(suffix)]), COMPRESSIONS[suffix]
-    return suffix, None
-
-
-def file_suffix(name: str) -> str:
-    """ ".txt" of "a/b.TXT"; an eighth of what a Path takes, and there are millions."""
-    dot = name.rfind(".")
-    return name[dot:].lower() if dot > name.rfind("/") + 1 else ""
-
-
-def member_kind(name: str) -> str | None:
-    """How to read a file of a folder or an archive; None if it is not taken for text.
-
-    "stream": compressed, and only its bytes tell whether it is a tar or text.
-    """
-    if name.endswith(".txt"):  # most are
-        return "text"
-    suffix, compression = split_suffix(name)
-    if suffix not in FOLDER_SUFFIXES:
-        return None
-    return KINDS.get(suffix) or ("stream" if compression and not suffix else "text")
-
-
-def named_kind(name: str) -> str | None:
-    """How to read a file that was named itself; None where it cannot be text."""
-    suffix, compression = split_suffix(name)
-    if suffix in BINARY_SUFFIXES:
-        return None
-    return member_kind(name) or KINDS.get(suffix) or ("stream" if compression else "text")
-
-
-def is_hidden(name: str) -> bool:
-    """True if a member's or one of its folders' names starts with a dot."""
-    if not name.startswith(".") and "/." not in name:
-        return False
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
-
-
-def file_stamp(status: os.stat_result) -> int:
-    """64 bits of a file's size and time of change."""
-    return (status.st_mtime_ns + status.st_size * 0x9E3779B97F4A7C15) & (2**64 - 1)
-
-
-# --- reading -------------------------------------------------------------------------------------
-
-
-class BrokenInput(UserError):
-    """Input is damaged or cut off: the same command with --skip_broken goes on."""
-
-
-class ChangedInput(UserError):
-    """A file is not the one that was listed: the same command lists the files again."""
 
 
 class _LimitReached(Exception):
@@ -155,13 +64,13 @@ class PartReader:
     Raises (while its texts are read):
         UserError: a table without the text's column.
         ChangedInput: a file changed or is gone.
-        BrokenInput: damage, unless `reading.skip_broken` has it counted in the report.
+        BrokenInput: damage, unless `reading.skip_broken` counts it.
     """
 
-    def __init__(self, reading: Reading, report: "CorpusReport", limit: int | None = None) -> None:
-        self.reading, self.report, self.left = reading, report, limit
+    def __init__(self, reading: Reading, counts: CorpusCounts, limit: int | None = None) -> None:
+        self.reading, self.counts, self.left = reading, counts, limit
 
-    def read(self, part: "Part") -> RawTexts:
+    def read(self, part: Part) -> RawTexts:
         """The raw texts of a part."""
         texts = getattr(self, f"_read_{part.kind}_part", self._read_file_part)(part)
         try:
@@ -176,26 +85,18 @@ class PartReader:
             if self.left == 0:
                 raise _LimitReached
             self.left -= 1
-        self.report.files += 1
+        self.counts.files += 1
 
     def _guarded(self, texts: RawTexts) -> RawTexts:
-        """What is read up to where it is broken."""
+        """The texts up to the place of damage, which is counted or stops the command."""
         try:
             yield from texts
         except Broken as error:
-            self.count_broken(error)
-
-    def count_broken(self, error: Broken) -> None:
-        """Count damage, or stop because of it."""
-        if not self.reading.skip_broken:
-            raise BrokenInput(f"{error}; --skip_broken leaves it out and counts it") from None
-        self.report.n_broken += 1
-        if len(self.report.broken) < MAX_BROKEN:
-            self.report.broken.append(str(error))
+            self.counts.add_broken(error, self.reading)
 
     # Files: each part is opened here.
 
-    def _read_text_part(self, part: "Part") -> RawTexts:
+    def _read_text_part(self, part: Part) -> RawTexts:
         for path, stamp in zip(part.paths, part.stamps, strict=True):
             is_compressed = not path.endswith(".txt") and file_suffix(path) in COMPRESSED
             if self.reading.line_by_line or is_compressed:
@@ -205,10 +106,10 @@ class PartReader:
                 try:
                     yield _without_mark(_read_whole(path, stamp))
                 except Broken as error:
-                    self.count_broken(error)
+                    self.counts.add_broken(error, self.reading)
 
-    def _read_file_part(self, part: "Part") -> RawTexts:
-        """A compressed file, read from one end to the other."""
+    def _read_file_part(self, part: Part) -> RawTexts:
+        """A file in one piece: compressed, or small."""
         return self._read_one(part.name, part.stamps[0], part.kind)
 
     def _read_one(self, path: str, stamp: int, kind: str) -> RawTexts:
@@ -216,13 +117,13 @@ class PartReader:
             is_whole = not self.reading.is_sample
             yield from self._read_stream(kind, file, path, path, is_whole=is_whole)
 
-    def _read_lines_part(self, part: "Part") -> RawTexts:
+    def _read_lines_part(self, part: Part) -> RawTexts:
         with _unchanged(part.name, part.stamps[0]) as file:
             if not part.start:
                 self._begin_file()
             yield from map(_without_mark, _lines_between(file, part.start, part.stop))
 
-    def _read_jsonl_part(self, part: "Part") -> RawTexts:
+    def _read_jsonl_part(self, part: Part) -> RawTexts:
         if part.stop is None:
             yield from self._read_file_part(part)
             return
@@ -232,13 +133,13 @@ class PartReader:
             lines = _lines_between(file, part.start, part.stop)
             yield from self._read_rows(lines, part.name, part.start)
 
-    def _read_parquet_part(self, part: "Part") -> RawTexts:
+    def _read_parquet_part(self, part: Part) -> RawTexts:
         if not part.start:
             self._begin_file()
         with _unchanged(part.name, part.stamps[0]):
             yield from self._read_table(part.name, part.name, part.start, part.stop)
 
-    def _read_tar_part(self, part: "Part") -> RawTexts:
+    def _read_tar_part(self, part: Part) -> RawTexts:
         if part.stop is None:
             yield from self._read_file_part(part)
             return
@@ -247,16 +148,16 @@ class PartReader:
             tar = TarStream(run, part.name, first=part.start, is_cut=True)
             yield from self._read_members(tar, 0)
 
-    def _read_zip_part(self, part: "Part") -> RawTexts:
+    def _read_zip_part(self, part: Part) -> RawTexts:
         with _unchanged(part.name, part.stamps[0]):
-            archive = _open_zip(part.name, part.stamps[0])
+            archive = _zip_file(part.name, part.stamps[0])
             members = archive.infolist()[part.start : part.stop]
             yield from self._read_zip(archive, members, part.name, 0)
 
-    def _read_docs_part(self, part: "Part") -> RawTexts:
+    def _read_docs_part(self, part: Part) -> RawTexts:
         return read_docstrings(part.name)
 
-    def _read_hf_part(self, part: "Part") -> RawTexts:
+    def _read_hf_part(self, part: Part) -> RawTexts:
         import datasets
 
         # NAME, NAME:SPLIT or NAME:CONFIG:SPLIT
@@ -269,23 +170,21 @@ class PartReader:
                 yield _field(row, self.reading.text_key, f"hf:{name}, row {number}")
         except UserError:
             raise
-        except Exception as error:  # the hub, its HTTP client and each builder have their own
+        except Exception as error:  # the hub, its HTTP client and each builder raise their own
             raise UserError(f"hf:{name}: {type(error).__name__}: {error}") from None
 
     # Streams: files and members alike.
 
     def _read_stream(
-        self,
-        kind: str,
-        file: BinaryIO,
-        name: str,
-        where: str,
-        depth: int = 0,
-        *,
+        self, kind: str, file: BinaryIO, name: str, where: str, depth: int = 0, *,
         is_whole: bool = False,
-    ) -> RawTexts:
-        """What `file` holds, decompressed if its name says so; `depth` counts the archives, and of
-        a file that `is_whole` nobody else reads, and all is wanted."""
+    ) -> RawTexts:  # fmt: skip
+        """The texts in `file`, decompressed if its name says so.
+
+        Args:
+            depth: of archives in archives.
+            is_whole: `file` is a file on disk that is read to its end, by nobody else.
+        """
         stream = decompressed(file, split_suffix(name)[1], where, is_whole=is_whole)
         if kind == "stream":
             head, stream = look_ahead(stream, BLOCK)
@@ -297,9 +196,9 @@ class PartReader:
             try:
                 yield from self._read_members(tar, depth + 1)
             finally:
-                self.report.other_files.update(tar.others)
+                self.counts.add(CorpusCounts(other_files=tar.others))
         elif kind == "zip":
-            archive = _zip_file(io.BytesIO(stream.read()), where)
+            archive = open_zip(io.BytesIO(stream.read()), where)
             yield from self._read_zip(archive, archive.infolist(), where, depth + 1)
         else:
             self._begin_file()
@@ -328,7 +227,7 @@ class PartReader:
     ) -> RawTexts:
         for member in members:
             if stat.S_ISLNK(member.external_attr >> 16):
-                self.report.other_files["(link)"] += 1
+                self.counts.add_other("(link)")
                 continue
             if member.is_dir() or (kind := self._member_kind(member.filename)) is None:
                 continue
@@ -349,11 +248,11 @@ class PartReader:
             return None
         kind = member_kind(name)
         if kind is None:
-            self.report.other_files[file_suffix(name)] += 1
+            self.counts.add_other(file_suffix(name))
         return kind
 
     def _read_rows(self, lines: Iterator[bytes], where: str, start: int = 0) -> RawTexts:
-        """The texts of lines of JSON; `start`: the byte of the first one."""
+        """The texts of lines of JSON; the first line begins at byte `start` of the file."""
         number, position = 0, start
         for raw in lines:
             number += 1
@@ -361,7 +260,7 @@ class PartReader:
             position += len(raw)
             raw, encoding = _without_mark(raw), BYTES
             if len(raw) > LONG_BYTES:
-                # A character of a text with one emoji takes four bytes in Python, one like this.
+                # In a string with an emoji each character takes four bytes; as latin-1, one.
                 raw, encoding = _unescaped(raw), ("latin-1",)
             key = self.reading.text_key.encode(*BYTES).decode(*encoding)
             line, raw = raw.decode(*encoding), b""
@@ -370,7 +269,8 @@ class PartReader:
                 if not isinstance(row, dict):
                     raise ValueError(f"got a {type(row).__name__}")
             except (ValueError, RecursionError) as error:
-                self.count_broken(Broken(f"{at}: expected a JSON object, {error}"))
+                broken = Broken(f"{at}: expected a JSON object, {error}")
+                self.counts.add_broken(broken, self.reading)
                 continue
             _field(row, key, at)
             line = ""  # of gigabytes, perhaps
@@ -380,7 +280,7 @@ class PartReader:
     def _read_table(
         self, source: str | BinaryIO, where: str, start: int = 0, stop: int | None = None
     ) -> RawTexts:
-        """The texts of a parquet file, of its row groups [start, stop)."""
+        """The texts of the row groups [start, stop) of a parquet file."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -394,7 +294,7 @@ class PartReader:
                     column = batch.column(0)
                     if pa.types.is_dictionary(column.type):
                         column = column.dictionary_decode()
-                    # As bytes: parquet does not vouch for its strings.
+                    # As bytes: parquet does not check that its strings are UTF-8.
                     yield from column.cast(pa.large_binary()).to_pylist()
         except pa.ArrowNotImplementedError:
             raise UserError(f"{where}: column {key!r} holds {column_type}, not text") from None
@@ -402,23 +302,12 @@ class PartReader:
             raise Broken(f"{where}: not a parquet file that can be read ({error})") from None
 
 
-# --- small pieces --------------------------------------------------------------------------------
-
-ZIP_ERRORS = (
-    zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError, ValueError
-)  # fmt: skip
-
-
-def _zip_file(file: str | BinaryIO, where: str) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(file)
-    except ZIP_ERRORS as error:
-        raise Broken(f"{where}: not a zip file that can be read ({error})") from None
+# --- files and lines -----------------------------------------------------------------------------
 
 
 @functools.lru_cache(1)  # its list of members is read once per process, not once per part
-def _open_zip(path: str, stamp: int) -> zipfile.ZipFile:
-    return _zip_file(path, path)
+def _zip_file(path: str, stamp: int) -> zipfile.ZipFile:
+    return open_zip(path, path)
 
 
 def _read_whole(path: str, stamp: int) -> bytes:
@@ -443,7 +332,7 @@ def _read_whole(path: str, stamp: int) -> bytes:
 
 @contextlib.contextmanager
 def _unchanged(path: str, stamp: int) -> Iterator[BinaryIO]:
-    """An open file that has to be the listed one before and after it is read."""
+    """An open file; `ChangedInput` if it differs from the listed file before or after reading."""
     try:
         file = Path(path).open("rb", buffering=BUFFER_BYTES)
     except OSError as error:
@@ -456,13 +345,6 @@ def _unchanged(path: str, stamp: int) -> Iterator[BinaryIO]:
             _check_stamp(os.stat(path), path, stamp)  # noqa: PTH116  (perhaps that is why)
             raise error if isinstance(error, Broken) else unreadable(path, error) from None
         _check_stamp(os.stat(path), path, stamp)  # noqa: PTH116
-
-
-def unreadable(path: str, error: OSError) -> Broken:
-    """The damage that an error of reading a file is; one that is gone is not."""
-    if isinstance(error, FileNotFoundError):
-        raise error
-    return Broken(f"{path}: cannot be read ({error.strerror or error})")
 
 
 def _check_stamp(status: os.stat_result, path: str, stamp: int) -> None:
@@ -482,7 +364,7 @@ def _without_mark(raw: bytes) -> bytes:
 
 
 def _lines_between(file: BinaryIO, start: int, stop: int | None) -> Iterator[bytes]:
-    """The lines whose first byte lies in [start, stop)."""
+    """The lines that begin in the bytes [start, stop)."""
     position = start
     if start:
         file.seek(position := start - 1)
@@ -500,13 +382,13 @@ def _lines_between(file: BinaryIO, start: int, stop: int | None) -> Iterator[byt
 
 
 def _unescaped(line: bytes) -> bytes:
-    """A line of JSON with UTF-8 in the place of its \\u escapes, but for those of ASCII."""
+    """A line of JSON with UTF-8 in the place of its \\u escapes; escapes of ASCII stay."""
 
     def replace(match: re.Match[bytes]) -> bytes:
         if match[0] == rb"\\":
             return match[0]
         text = json.loads(b'"%b"' % match[0])
-        # A lone surrogate becomes a byte that is not UTF-8, either way one U+FFFD.
+        # A lone surrogate becomes a byte that is not UTF-8: later one U+FFFD, as without escapes.
         pieces = (b"\xff" if "\ud800" <= c <= "\udfff" else c.encode() for c in text)
         return b"".join(b"\\u%04x" % ord(p) if p < b"\x80" else p for p in pieces)
 

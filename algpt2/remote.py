@@ -1,8 +1,7 @@
 """Files and folders at a URL (gs://, s3://, memory:// ...): the one place that knows fsspec.
 
-What is uploaded is there whole or not at all under its name; its size and, where the store tells
-one (gs://), its crc32c are compared. Requests that fail for a passing reason are repeated by the
-library of the store (gcsfs, s3fs), for about a minute.
+An upload appears under its name when it is complete. Its size is compared, and its crc32c if the
+store tells it (gs://). The store's library (gcsfs, s3fs) repeats failed requests for a minute.
 """
 
 import base64
@@ -25,17 +24,17 @@ from .console import Progress
 from .errors import UserError, describe
 from .files import cache_dir, remove
 
-# Where a file is not seen before it is complete; elsewhere it gets a hidden name and is renamed.
+# Here a file appears when it is complete; elsewhere it gets a hidden name first and is renamed.
 OBJECT_STORES = {"gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "memory"}
-# gcsfs needs a google-api-core that cloud-tpu-client's requirements forbid, so pip takes it only
-# after requirements.txt (and says so); both work.
+# gcsfs needs a newer google-api-core than cloud-tpu-client allows: pip installs it only after
+# requirements.txt, with a warning; both work.
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs", "az": "adlfs"}
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class RemoteError(OSError):
-    """A store that does not do what it is asked; one line. The same command goes on later."""
+    """A request to a store failed; one line. The same command continues later."""
 
 
 def is_remote(path: object) -> bool:
@@ -51,7 +50,7 @@ def as_path(path: "str | Path | RemotePath") -> "Path | RemotePath":
 
 
 def local_folder(path: str | Path) -> Path:
-    """Where the files of a user's folder are on this machine: there, or for a URL in the cache."""
+    """The local folder of a user's path: the path itself, or for a URL a folder in the cache."""
     if not is_remote(path):
         return Path(path)
     url = str(path).rstrip("/")
@@ -61,10 +60,12 @@ def local_folder(path: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A file or folder at a URL, with those methods of `pathlib.Path` that are used on it.
+    """A file or folder at a URL, with the methods of `pathlib.Path` that this project needs.
 
-    Every method: `FileNotFoundError`, `RemoteError` (no bucket, no permission, no credentials, no
-    network), `UserError` (a package is missing).
+    Raises (every method):
+        FileNotFoundError
+        RemoteError: no bucket, no permission, no credentials, no network.
+        UserError: a package is missing.
     """
 
     url: str
@@ -92,19 +93,19 @@ class RemotePath:
     @contextlib.contextmanager
     def open(self, mode: str = "rb") -> Iterator[BinaryIO]:
         """A file to read, in order."""
-        with self._told("read") as (fs, path), fs.open(path, mode) as file:
+        with self._errors_named("read") as (fs, path), fs.open(path, mode) as file:
             yield file
 
     def read_bytes(self) -> bytes:
-        with self._told("read") as (fs, path):
+        with self._errors_named("read") as (fs, path):
             return fs.cat_file(path)
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
 
     def files(self) -> dict[str, int]:
-        """Names, relative to this folder, and sizes of all files in it and its folders."""
-        with self._told("list") as (fs, path), contextlib.suppress(FileNotFoundError):
+        """Name, relative to this folder, and size of each file below it."""
+        with self._errors_named("list") as (fs, path), contextlib.suppress(FileNotFoundError):
             fs.invalidate_cache()
             prefix = f"{path.rstrip('/')}/"
             return {
@@ -115,19 +116,19 @@ class RemotePath:
         return {}
 
     def glob(self, pattern: str) -> "list[RemotePath]":
-        """Files of this folder itself."""
+        """The matching files that lie in this folder itself."""
         names = [name for name in self.files() if "/" not in name]
         return [self / name for name in fnmatch.filter(names, pattern)]
 
     def put(self, local: Path) -> None:
-        """Upload the file `local` to here; with a progress bar unless a worker process does it."""
-        with self._told("write", reading=False) as (fs, path):
+        """Upload the file `local` to here; with a progress bar, except in a worker process."""
+        with self._errors_named("write", reading=False) as (fs, path):
             target = path
             if not OBJECT_STORES & set(_protocols(fs)):
                 folder, _, name = path.rpartition("/")
                 fs.makedirs(folder, exist_ok=True)
                 target = f"{folder}/.{name}.partial"
-            with _shown(f"upload {self.name}", local.stat().st_size) as callback:
+            with _progress(f"upload {self.name}", local.stat().st_size) as callback:
                 fs.put_file(str(local), target, callback=callback)
             fs.invalidate_cache()
             if problem := _difference(fs.info(target), local):
@@ -137,12 +138,12 @@ class RemotePath:
                 fs.mv(target, path)
 
     def get(self, local: Path) -> None:
-        """Download this file to `local`, which is there whole or not at all."""
+        """Download this file to `local`, which appears when it is complete."""
         partial = local.with_name(f".{local.name}.{os.getpid()}.partial")
         local.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self._told("read") as (fs, path):
-                with _shown(f"download {self.name}", fs.info(path)["size"]) as callback:
+            with self._errors_named("read") as (fs, path):
+                with _progress(f"download {self.name}", fs.info(path)["size"]) as callback:
                     fs.get_file(path, str(partial), callback=callback)
                 if problem := _difference(fs.info(path), partial):
                     raise OSError(f"what arrived differs: the store has {problem}")
@@ -151,7 +152,7 @@ class RemotePath:
             remove(partial)
 
     def unlink(self, missing_ok: bool = False) -> None:
-        with self._told("remove") as (fs, path):
+        with self._errors_named("remove") as (fs, path):
             try:
                 fs.rm_file(path)
             except FileNotFoundError:
@@ -160,18 +161,18 @@ class RemotePath:
             fs.invalidate_cache()
 
     def _info(self) -> dict[str, Any]:
-        with self._told("read") as (fs, path):
+        with self._errors_named("read") as (fs, path):
             fs.invalidate_cache()
             return fs.info(path)
 
     @contextlib.contextmanager
-    def _told(self, verb: str, reading: bool = True) -> Iterator[tuple[Any, str]]:
-        """The file system and its name of this path; whatever it raises becomes one line."""
+    def _errors_named(self, verb: str, reading: bool = True) -> Iterator[tuple[Any, str]]:
+        """fsspec's file system and path for this URL; its exceptions become a `RemoteError`."""
         try:
             yield _file_system(self.url)
         except (RemoteError, UserError):
             raise
-        except Exception as error:  # whatever a store's client raises, it is the same to the user
+        except Exception as error:  # each store's client raises its own exceptions
             if reading and isinstance(error, FileNotFoundError):
                 raise
             reason = describe(error)[:300] or type(error).__name__
@@ -200,7 +201,7 @@ def _protocols(fs: Any) -> tuple[str, ...]:
 
 
 def _difference(info: dict[str, Any], local: Path) -> str | None:
-    """What a store says of a file that is not so of `local`; None if all agrees."""
+    """How the store's facts about a file differ from the file `local`; None if they agree."""
     if info["size"] != local.stat().st_size:
         return f"{info['size']:,} bytes, expected {local.stat().st_size:,}"
     if "crc32c" not in info:
@@ -210,12 +211,12 @@ def _difference(info: dict[str, Any], local: Path) -> str | None:
         while block := file.read(1 << 20):
             checksum.update(block)
     if base64.b64encode(checksum.digest()).decode() != info["crc32c"]:
-        return f"the crc32c {info['crc32c']}, another one"
+        return f"another crc32c, {info['crc32c']}"
     return None
 
 
 @contextlib.contextmanager
-def _shown(description: str, n_bytes: int) -> Iterator[Any]:
+def _progress(description: str, n_bytes: int) -> Iterator[Any]:
     """A callback of fsspec that shows the progress of a transfer."""
     from fsspec.callbacks import Callback
 

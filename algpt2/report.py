@@ -1,48 +1,19 @@
-"""What a run tells its user: progress, console lines, metrics.jsonl, run.json, W&B.
+"""What a run tells its user: metrics.jsonl, samples.jsonl, W&B, the table at its end."""
 
-The one place that knows process 0: of several processes the others print and write nothing.
-"""
-
-import contextlib
 import hashlib
-import importlib.util
 import json
-import os
-import platform
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from importlib import metadata
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .checkpoints import LINE_FILES, STATE_FILE, Checkpoint, is_checkpoint_name, newest_checkpoint
-from .console import Progress, is_main_process, log
+from .checkpoints import METRICS_FILE, RUN_FILE, SAMPLES_FILE, STATE_FILE, checkpoint_name
+from .console import Progress, is_main_process, log, table
 from .errors import UserError
-from .files import append_json, no_links, read_record, remove, write_record, write_text
-from .options import changed_options
+from .files import append_json, read_record, write_record, write_text
 from .tracker import FINISH_S, STOP_S, UPLOAD_S, Tracker, choose_mode, run_name, start_wandb
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-METRICS_FILE, SAMPLES_FILE = LINE_FILES
-RUN_FILE, LOCK_FILE = "run.json", ".lock"
-FILES_OF_RUN = {*LINE_FILES, RUN_FILE, LOCK_FILE, "evaluation.json", "evaluation.md"}
-
-
-# --- the folder of a run -------------------------------------------------------------------------
-
-NOT_OF_THE_RUN = {  # options that may change between two starts of the same run
-    "report", "sample", "eval", "eval_only", "compressors", "sample_only", "device", "compile",
-    "n_devices", "steps_per_call", "overwrite", "debug", "skip_outliers",
-}  # fmt: skip
 
 
 class RunReport:
@@ -52,13 +23,13 @@ class RunReport:
     checkpoint and a crash) are dropped, so that each step stands there once.
 
     Args:
-        is_cut: a stop cut what follows `step`: that is done again, its lines are dropped too.
+        unreported: a stop came before the line of `step`: it is written anew.
         stop: true when the run is asked to stop: then W&B gets little time at the end.
     """
 
     def __init__(
-        self, save_dir: Path, run: dict[str, Any], step: int, report: Any, *, is_cut: bool = False,
-        stop: Any = None,
+        self, save_dir: Path, run: dict[str, Any], step: int, report: Any, *,
+        unreported: bool = False, stop: Any = None,
     ) -> None:  # fmt: skip
         self.stop = stop
         self.metrics_path, self.samples_path = save_dir / METRICS_FILE, save_dir / SAMPLES_FILE
@@ -68,7 +39,7 @@ class RunReport:
         if not is_main_process():
             return
         for path in (self.metrics_path, self.samples_path):
-            _keep_lines_until(path, step, is_cut)
+            _keep_lines_until(path, step - unreported, step)
         write_record(save_dir / RUN_FILE, run)
         self.tracker = _start_tracker(save_dir, run, report)
 
@@ -175,79 +146,6 @@ def _braced(path: Path) -> str:
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
-def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    """`run` for a new run.json, with what an earlier start of the same run wrote there kept.
-
-    Raises:
-        UserError: save_dir holds something else, or a run with other options.
-    """
-    path = save_dir / RUN_FILE
-    run = json.loads(json.dumps(run))  # as it is read back: tuples are lists there
-    if overwrite and path.exists():
-        _remove_run(save_dir)
-        return _created_now(run)
-    if not path.exists():
-        others = sorted(p.name for p in save_dir.iterdir() if not p.name.startswith("."))
-        if others:
-            raise UserError(
-                f"save_dir {save_dir} holds other files ({', '.join(others[:3])}) and no "
-                f"{RUN_FILE}: expected an empty folder or a run; choose another --save_dir"
-            )
-        return _created_now(run)
-    before = read_record(path, required=False)
-    try:
-        changes = changed_options(before["options"], run["options"], NOT_OF_THE_RUN)
-        # What an earlier version did not record cannot have changed.
-        changes += changed_options(before["data"], run["data"], run["data"].keys() - before["data"])
-        kept = {"created": before["created"], "wandb_id": before["wandb_id"]}
-        kept |= {"before": before["before"]} if "before" in before else {}
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged: expected options, data, wandb_id") from None
-    if changes:
-        raise UserError(
-            f"save_dir {save_dir} holds another run ({'; '.join(changes[:6])}): repeat its command "
-            "to continue it, choose another --save_dir, or --overwrite to remove it"
-        )
-    return run | kept
-
-
-def own_checkpoint(save_dir: Path, run: dict[str, Any]) -> Checkpoint | None:
-    """The newest complete checkpoint in save_dir, or None.
-
-    Raises:
-        UserError: it is one of another run, that somebody put there.
-    """
-    checkpoint = newest_checkpoint(save_dir, log)
-    state = checkpoint.state if checkpoint else {}
-    changes = []
-    for name in {"options", "data"} & state.keys():
-        old, new = state[name], json.loads(json.dumps(run[name]))
-        if not isinstance(old, dict):
-            raise UserError(f"{checkpoint.folder} is damaged: expected {name}")
-        changes += changed_options(old, new, {*NOT_OF_THE_RUN, *(new.keys() - old.keys())})
-    if changes:
-        raise UserError(
-            f"{checkpoint.folder} is of another run ({'; '.join(sorted(changes)[:6])}): move it "
-            "away, the one before it is used then, or choose another --save_dir"
-        )
-    return checkpoint
-
-
-def _created_now(run: dict[str, Any]) -> dict[str, Any]:
-    return {**run, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-
-
-def _remove_run(save_dir: Path) -> None:
-    """Remove what a run has written, and nothing else. run.json stays until the new run replaces
-    it: killed in between, the folder is still that of a run, and --overwrite still takes it."""
-    for path in sorted(save_dir.iterdir()):
-        if path.name in (RUN_FILE, LOCK_FILE):
-            continue
-        is_partial = path.name.startswith(".") and path.name.endswith(".partial")
-        if path.name in {*FILES_OF_RUN, "wandb"} or is_checkpoint_name(path.name) or is_partial:
-            remove(path)
-
-
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of metrics.jsonl or samples.jsonl; a last line cut by a crash is left out.
 
@@ -281,67 +179,28 @@ def _read_line(path: Path, number: int, text: str) -> dict[str, Any]:
     )
 
 
-def environment() -> dict[str, Any]:
-    """Versions, git commit and command of this process, for run.json."""
-    names = ("torch", "tensorflow", "keras", "transformers", "tokenizers", "numpy")
-    versions = {n: metadata.version(n) for n in names if importlib.util.find_spec(n)}
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # no git, or a copy without its history
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "git_commit": commit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "command": " ".join(sys.argv),
-    }
-
-
-@contextlib.contextmanager
-def locked(save_dir: Path) -> Iterator[None]:
-    """Make save_dir and hold it (process 0): two writers would destroy each other's run.
-
-    Raises:
-        UserError: another process holds it, it is a file, or a file in it is no file of a run.
-    """
-    if not is_main_process() or fcntl is None:
-        yield
+def log_before_and_after(run: dict[str, Any], save_dir: Path) -> None:
+    """Print a table of the validation text before the first step and after the last, if known."""
+    last = [x for x in read_json_lines(save_dir / METRICS_FILE) if "val_loss" in x][-1:]
+    if not last or not run.get("before"):
         return
-    if save_dir.exists() and not save_dir.is_dir():
-        raise UserError(f"save_dir {save_dir} is a file: expected a folder")
-    save_dir.mkdir(parents=True, exist_ok=True)
-    check_entries(save_dir)
-    with open(save_dir / LOCK_FILE, "w", opener=no_links) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"save_dir {save_dir} is in use by another process") from None
-        yield
+    heading = ["", "loss (nats/token)", "ppl", "word ppl", "bits/byte"]
+    lines = [heading]
+    for name, values in (("before", run["before"]), (f"after {last[0]['step']:,} steps", last[0])):
+        numbers = (values[key] for key in ("val_loss", "val_ppl", "val_word_ppl", "val_bpb"))
+        formats = (".4f", ".2f", ".2f", ".4f")
+        lines.append([name, *(format(x, f) for x, f in zip(numbers, formats, strict=True))])
+    log(table(lines))
 
 
-def check_entries(save_dir: Path) -> None:
-    """`UserError` if a link, pipe, folder or file in save_dir has a name that a run writes to, or
-    reads, as something else: nothing is written through a link."""
-    for path in sorted(save_dir.iterdir()):
-        is_folder = is_checkpoint_name(path.name)
-        if not is_folder and path.name not in FILES_OF_RUN:
-            continue
-        if path.is_symlink() or not (path.is_dir() if is_folder else path.is_file()):
-            raise UserError(
-                f"{path} is {'no folder' if is_folder else 'no file'}, or a link: expected one of "
-                "the run; move it away, or choose another --save_dir"
-            )
-
-
-def _keep_lines_until(path: Path, step: int, is_cut: bool) -> None:
-    """Drop the lines of later steps, or of `step` on; warn if the others are not what the
-    checkpoint of `step` knows of them."""
+def _keep_lines_until(path: Path, last: int, step: int) -> None:
+    """Drop the lines behind the step `last`; warn if the others are not what the checkpoint of
+    `step` knows of them."""
     lines = read_json_lines(path)
-    kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step - is_cut]
+    kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= last]
     if path.exists():
         write_text(path, "".join(kept))
-    state_path = path.parent / f"checkpoint-{step:08d}" / STATE_FILE
+    state_path = path.parent / checkpoint_name(step) / STATE_FILE
     known = {}
     if state_path.is_file():
         known = read_record(state_path, required=False).get("lines", {})

@@ -1,4 +1,4 @@
-"""Texts of any length from a model with a limited context, streamed: framework-free."""
+"""Texts of any length from a model with a limited context, for both frameworks."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,18 +18,18 @@ def extend_texts(
     context: int | None,
     start_id: int | None = None,
 ) -> Rows:
-    """`n_samples` lists of at most `max_length` ids, without the control code before and behind.
+    """`n_samples` lists of at most `max_length` ids, without the first and last control code.
 
-    Past the model's context the window slides: the last `sliding_window_size` tokens stay as
-    context for the next window, so that only `max_length` bounds a text.
+    When a text fills the model's context, the window slides: its last `sliding_window_size` tokens
+    become the context of the next window, so that only `max_length` bounds a text.
 
     Args:
-        extend: at most so many new ids for each row of a window; what follows a control code is
-            left out here.
+        extend: (rows, n) -> at most n new ids for each row. This function drops new ids after a
+            control code.
         context: positions of the model; None: no limit.
         start_id: control code before the prompt; None: end-of-text.
     Raises:
-        UserError: a sliding window that is not smaller than the context.
+        UserError: the sliding window is not smaller than the context.
     """
     ends, end = {*tokenizer.special_ids}, options.max_length + 1
     start_id = tokenizer.eot_id if start_id is None else start_id
@@ -40,10 +40,11 @@ def extend_texts(
     if keep >= context:
         raise UserError(f"--sliding_window_size {keep}: expected less than the context, {context}")
     while active := [t for t in texts if len(t) < end and (t[-1] not in ends or len(t) == 1)]:
-        length = len(active[0])  # all that have not ended are equally long
+        length = len(active[0])  # all active texts are equally long
         n_window = length if length < context else keep
-        more = extend([text[-n_window:] for text in active], min(context - n_window, end - length))
-        for text, row in zip(active, more, strict=True):
+        n_new = min(context - n_window, end - length)
+        new_ids = extend([text[-n_window:] for text in active], n_new)
+        for text, row in zip(active, new_ids, strict=True):
             stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
             text += row[:stop]
     return [t[1:-1] if t[-1] in ends and len(t) > 1 else t[1:] for t in texts]
@@ -53,10 +54,10 @@ def print_samples(
     sample_texts: Callable[..., list[str]], model: Any, tokenizer: TextTokenizer,
     options: TrainOptions,
 ) -> None:  # fmt: skip
-    """The samples of `--sample_only`; one alone is printed as it comes.
+    """Print the samples of `--sample_only`; a single sample streams token by token.
 
     Args:
-        sample_texts: that of sampling_pt.py or sampling_tf.py.
+        sample_texts: the function of sampling_pt.py or sampling_tf.py.
     """
     code, sample = (options.data.control_codes or (None,))[0], options.sample
     arguments = (model, tokenizer, sample, options.optim.seed)
@@ -71,7 +72,7 @@ def print_samples(
 
 
 class TextStream:
-    """Writes one text as its tokens come: whole characters, control codes left out."""
+    """Writes a text while its tokens arrive: whole characters only, no control codes."""
 
     def __init__(self, tokenizer: TextTokenizer, write: Callable[[str], None]) -> None:
         self.tokenizer, self.write = tokenizer, write
@@ -79,12 +80,12 @@ class TextStream:
         self.n_written = 0
 
     def add(self, ids: Sequence[int]) -> None:
-        """Write what `ids` add to the text, but for a last character that is not whole."""
+        """Write what `ids` add to the text, except a last character that is incomplete."""
         self.ids += [i for i in ids if i not in self.tokenizer.special_ids]
         self._write(self.tokenizer.decode(self.ids).rstrip("\N{REPLACEMENT CHARACTER}"))
 
     def finish(self) -> None:
-        """Write what is left."""
+        """Write the rest of the text."""
         self._write(self.tokenizer.decode(self.ids))
 
     def _write(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Text from a causal language model in PyTorch: batched, seeded, streamed, as long as one likes."""
+"""Text of any length from a causal language model in PyTorch: batched, seeded, streamed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,11 +25,11 @@ def sample_texts(
 ) -> list[str]:
     """`n_samples` texts that start with the prompt and end at end-of-text or `max_length`.
 
-    The state of the random number generators and the mode of the model are left as they were.
+    The function restores the random number generators and the mode of the model.
 
     Args:
-        code: control code that stands before the prompt; None: end-of-text.
-        write: gets the pieces of the text as they are sampled; of one sample only.
+        code: control code before the prompt; None: end-of-text.
+        write: called with each new piece of the text, if `n_samples` is 1.
         check: called before each token; it may raise.
     """
     start_id = tokenizer.eot_id if code is None else tokenizer.token_to_id(code)
@@ -54,7 +54,7 @@ def sample_tokens(
     stream: "GenerateStream | None" = None,
     check: Callable[[], None] = lambda: None,
 ) -> Rows:
-    """The token ids of the texts, by `generate` of transformers; see `extend_texts`."""
+    """The token ids of the texts, sampled by transformers' `generate`; see `extend_texts`."""
 
     def extend(rows: Rows, n_new: int) -> Rows:
         window = torch.tensor(rows, device=model.device)
@@ -73,7 +73,7 @@ def sample_tokens(
 
 
 def _flags(window: Tensor, tokenizer: TextTokenizer, options: SampleOptions) -> dict[str, Any]:
-    """Arguments of `generate`; what it pads ended texts with is cut off again."""
+    """Arguments of `generate`; `extend_texts` drops the padding after ended texts."""
     flags = {
         "attention_mask": torch.ones_like(window),
         "do_sample": options.do_sample,
@@ -91,27 +91,27 @@ def _flags(window: Tensor, tokenizer: TextTokenizer, options: SampleOptions) -> 
 
 
 class Check(StoppingCriteria):
-    """Calls a function before each token; only its exception ends anything."""
+    """Calls a function before each token, and never stops `generate` but by its exception."""
 
     def __init__(self, check: Callable[[], None]) -> None:
         self.check = check
 
-    def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.check()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class GenerateStream(TextStream, BaseStreamer):
-    """A text stream that `generate` of transformers feeds."""
+    """A text stream that transformers' `generate` feeds."""
 
     is_window = True
 
     def put(self, value: Tensor) -> None:
-        """Called by `generate`: first with its window, which is written already, then by token."""
+        """`generate` passes first its window, which is already written, then each new token."""
         if not self.is_window:
             self.add(value.tolist())
         self.is_window = False
 
     def end(self) -> None:
-        """Called by `generate` at the end of a window."""
+        """`generate` calls this at the end of a window."""
         self.is_window = True

@@ -1,4 +1,4 @@
-"""Text from the Keras model: batched, seeded, with a KV cache, as long as one likes."""
+"""Text of any length from the Keras model: batched, seeded, streamed, with a KV cache."""
 
 from collections.abc import Callable
 
@@ -24,8 +24,8 @@ def sample_texts(
     """`n_samples` texts that start with the prompt and end at end-of-text or `max_length`.
 
     Args:
-        code: control code that stands before the prompt; None: end-of-text.
-        write: gets the pieces of the text as they are sampled; of one sample only.
+        code: control code before the prompt; None: end-of-text.
+        write: called with each new piece of the text, if `n_samples` is 1.
         check: called before each token; it may raise.
     """
     start_id = None if code is None else tokenizer.token_to_id(code)
@@ -47,29 +47,29 @@ def sample_tokens(
     draw, ends = np.random.default_rng(seed), [*tokenizer.special_ids]
 
     @tf.function(reduce_retracing=True)
-    def first(ids: tf.Tensor) -> tuple[tf.Tensor, Cache]:
+    def read_window(ids: tf.Tensor) -> tuple[tf.Tensor, Cache]:
         output = model(ids, use_cache=True)
         return output.logits[:, -1], output.past_key_values
 
     @tf.function(reduce_retracing=True)
-    def following(ids: tf.Tensor, past: Cache) -> tuple[tf.Tensor, Cache]:
+    def read_token(ids: tf.Tensor, past: Cache) -> tuple[tf.Tensor, Cache]:
         output = model(ids, past_key_values=past, use_cache=True)
         return output.logits[:, -1], output.past_key_values
 
     def extend(rows: Rows, n_new: int) -> Rows:
         ids = np.array(rows, np.int32)
-        logits, past = first(tf.constant(ids))
+        logits, past = read_window(tf.constant(ids))
         ended = np.zeros(len(ids), bool)
         for i in range(n_new):
             check()
-            new = choose_tokens(logits.numpy().astype(np.float64), ids, options, draw)
-            ids = np.concatenate([ids, new[:, None]], 1)
+            new_ids = choose_tokens(logits.numpy().astype(np.float64), ids, options, draw)
+            ids = np.concatenate([ids, new_ids[:, None]], 1)
             if stream:
-                stream.add(new.tolist())
-            ended |= np.isin(new, ends)
+                stream.add(new_ids.tolist())
+            ended |= np.isin(new_ids, ends)
             if ended.all() or i == n_new - 1:
                 break
-            logits, past = following(tf.constant(ids[:, -1:]), past)
+            logits, past = read_token(tf.constant(ids[:, -1:]), past)
         return ids[:, len(rows[0]) :].tolist()
 
     if stream:
@@ -83,11 +83,11 @@ def sample_tokens(
 def choose_tokens(
     logits: np.ndarray, ids: np.ndarray, options: SampleOptions, draw: np.random.Generator
 ) -> np.ndarray:
-    """The next id of each row, (B,), by transformers' rules in transformers' order.
+    """The next id of each row, (B,), by transformers' rules and in their order.
 
     Args:
         logits: (B, V), changed in place.
-        ids: (B, T) of the window so far.
+        ids: (B, T), the window so far.
     """
     if options.repetition_penalty != 1:
         seen = np.take_along_axis(logits, ids, 1)
@@ -103,7 +103,7 @@ def choose_tokens(
     if options.top_k:
         p[:, options.top_k :] = 0
     p /= p.sum(1, keepdims=True)
-    p[np.cumsum(p, 1) - p >= options.top_p] = 0  # the first is always kept
-    ends = np.cumsum(p, 1)
-    places = (ends < draw.random((len(p), 1)) * ends[:, -1:]).sum(1)
-    return np.take_along_axis(order, places[:, None], 1)[:, 0]
+    p[np.cumsum(p, 1) - p >= options.top_p] = 0  # never the likeliest
+    cumulative = np.cumsum(p, 1)
+    ranks = (cumulative < draw.random((len(p), 1)) * cumulative[:, -1:]).sum(1)
+    return np.take_along_axis(order, ranks[:, None], 1)[:, 0]

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""The learning rate as a pure function of the step: a checkpoint saves nothing of it."""
 
 import math
 
@@ -19,13 +19,13 @@ def lr_factor(
     """Factor in [0, 1] that multiplies the peak learning rate at `step`.
 
     Args:
-        step: 0-based optimizer step about to be taken.
-        schedule: after a linear warm-up that reaches 1 at step `warmup_steps - 1`: "linear" or
-            "cosine" down to `min_lr_ratio` at the last step, "constant", or "wsd"
+        step: the optimizer step about to be taken, from 0.
+        schedule: what follows a linear warm-up that reaches 1 at step `warmup_steps - 1`: "linear"
+            or "cosine" down to `min_lr_ratio` at the last step, "constant", or "wsd"
             (warm-up-stable-decay: constant, then linear over the last `decay_ratio` of the run).
         n_steps: optimizer steps of the whole run.
     Raises:
-        UserError: for an unknown schedule.
+        UserError: `schedule` is unknown.
     """
     if schedule not in SCHEDULES:
         raise UserError(f"unknown lr_schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")
@@ -36,7 +36,7 @@ def lr_factor(
     start = warmup_steps
     if schedule == "wsd":
         start = max(warmup_steps, n_steps - math.ceil(decay_ratio * n_steps))
-    # The last step is n_steps - 1 and takes min_lr_ratio; a step before `start` is stable.
+    # The last step, n_steps - 1, takes min_lr_ratio; a step before `start` takes the peak.
     done = min(1.0, max(0.0, (step - start + 1) / max(1, n_steps - start)))
     shape = (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1 - done
     return min_lr_ratio + (1 - min_lr_ratio) * shape

@@ -1,14 +1,14 @@
 """The record and the manifest of packed shards: the one place that knows the format.
 
-A shard is a TFRecord file. Each record is a standard `tf.train.Example` with one bytes feature
-`tokens`: seq_len + 1 little-endian uint16 or uint32. All records of a shard have one size, so that
-a shard is an array of records and row i is found by arithmetic:
+A shard is a TFRecord file. Each record is a standard `tf.train.Example` with a single bytes feature
+`tokens`: seq_len + 1 little-endian uint16 or uint32. All records have the same size, so that a
+shard is an array of records and the place of row i is computed:
 
     head     length and its checksum (TFRecord framing), then the tags and lengths of the Example
     tokens   seq_len + 1 token ids
     crc      masked crc32c of the Example
 
-`manifest.json` beside the shards says what they hold; it is written last.
+`manifest.json` beside the shards says what they hold, and is written last.
 """
 
 import functools
@@ -37,7 +37,7 @@ FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 FEATURE = b"tokens"
 BLOCK_BYTES = 1 << 20  # of records assembled in memory at a time
-OPEN_SHARDS = 256  # memory maps held at a time: each holds a file descriptor
+OPEN_SHARDS = 256  # memory maps open at a time: each needs a file descriptor
 
 T = TypeVar("T")
 
@@ -131,18 +131,18 @@ class Manifest:
     vocab_size: int
     eot_id: int
     tokenizer_sha256: str  # fingerprint of the tokenizer
-    sources: list  # what identifies the text: corpus.describe_sources
-    options: dict  # what else decides the bytes of the shards
+    sources: list  # identity of the text: listing.identify_sources
+    options: dict  # all other options that decide the bytes of the shards
     shards: tuple[Shard, ...]
     documents: int
     text_bytes: int  # of the documents as UTF-8
     words: int  # separated by white space
     line_ends: int
     tokens: int  # of all documents, with the control code that starts each
-    left_over_tokens: int  # at the end of the text, too few for one more row
-    dropped_rows: int  # that do not divide by the shards, or beyond n_examples
+    left_over_tokens: int  # at the end of the text, too few for another row
+    dropped_rows: int  # beyond equal shards, or beyond n_examples
     duplicates: int  # documents left out as copies of earlier ones
-    encoder: dict  # name and version, and what it was compared on: encoders.choose_encoder
+    encoder: dict  # name, version and comparison: encoders.choose_encoder
 
     @property
     def n_rows(self) -> int:
@@ -150,14 +150,40 @@ class Manifest:
         return sum(shard.rows for shard in self.shards)
 
     @property
+    def fingerprint(self) -> str:
+        """One hash for the content of all shards."""
+        return hashlib.sha256("".join(s.sha256 for s in self.shards).encode()).hexdigest()
+
+    @property
     def detokenizer(self) -> str | None:
-        """What changed the text before it was encoded; of joined texts that differ, all names."""
+        """Name of the detokenizer, or None; all names if joined texts differ."""
         texts = self.options.get("joined", [self.options])
         names = sorted({str(options.get("detokenizer") or "no") for options in texts})
         return None if names == ["no"] else " and ".join(names)
 
+    def __str__(self) -> str:
+        """One line for people: what the folder holds, and what is not in its rows."""
+        n_shards, bytes_per_token = len(self.shards), self.text_bytes / self.tokens
+        parts = [
+            f"{self.documents:,} documents, {self.text_bytes:,} bytes",
+            f"{self.words:,} words",
+            f"{self.tokens:,} tokens ({bytes_per_token:.2f} bytes per token)",
+            f"{self.n_rows:,} rows of {self.seq_len} tokens",
+            f"{n_shards:,} shards of {self.shards[0].rows:,} rows" if n_shards > 1 else "1 shard",
+            f"{self.left_over_tokens:,} tokens left over",
+        ]
+        if self.duplicates:
+            parts.insert(1, f"{self.duplicates:,} copies left out")
+        if self.dropped_rows:
+            limit = self.options.get("n_examples")
+            reason = "that do not divide by the shards" + (
+                f" or --n_examples {limit} cut" if limit else ""
+            )
+            parts.append(f"{self.dropped_rows:,} rows dropped {reason}")
+        return ", ".join(parts)
 
-# Where zero or a very large number cannot be meant; any other number is from 0 to 2**62.
+
+# Smallest and largest value of a field; all other numbers are from 0 to 2**62.
 RANGES = {
     "seq_len": (1, 2**28),
     "vocab_size": (1, 2**32),
@@ -171,7 +197,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """The manifest in `folder`, every field checked.
 
     Raises:
-        UserError: no manifest, of another format version, or damaged; names the field.
+        UserError: no manifest, another format version, or a damaged field, which is named.
     """
     path = as_path(folder) / MANIFEST_FILE
     try:
@@ -212,7 +238,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def _from_json(cls: type[T], content: Any, path: str | Path) -> T:
-    """An instance of a dataclass whose fields have the declared types; numbers in `RANGES`."""
+    """An instance of a dataclass; fields have the declared types, numbers are in `RANGES`."""
     if type(content) is not dict:
         raise UserError(f"{path} is damaged: expected an object, got {reprlib.repr(content)}")
     values = {field.name: content.get(field.name) for field in fields(cls)}
@@ -231,7 +257,7 @@ def _from_json(cls: type[T], content: Any, path: str | Path) -> T:
 
 
 def shard_from_json(content: Any, path: str | Path) -> Shard:
-    """A `Shard` out of its `asdict`, which was read from `path`.
+    """The `Shard` in JSON that was read from `path`.
 
     Raises:
         UserError: a field is missing or of another type.
@@ -240,7 +266,7 @@ def shard_from_json(content: Any, path: str | Path) -> Shard:
 
 
 def _inconsistency(manifest: Manifest) -> str | None:
-    """What the fields of a manifest contradict, or None."""
+    """A contradiction among the fields of a manifest, or None."""
     if manifest.dtype not in ("uint16", "uint32"):
         return f"dtype is {manifest.dtype!r}, expected uint16 or uint32"
     if manifest.vocab_size > 1 + np.iinfo(manifest.dtype).max:
@@ -261,12 +287,12 @@ def _inconsistency(manifest: Manifest) -> str | None:
                 f" of {record_bytes}"
             )
         if shard.rows != manifest.shards[0].rows:
-            return f"rows of {shard.file} is {shard.rows}, of the first {manifest.shards[0].rows}"
+            return f"rows of {shard.file} is {shard.rows}, expected {manifest.shards[0].rows}"
     if len({shard.file for shard in manifest.shards}) < len(manifest.shards):
         return "shards name a file twice"
     n_rows = manifest.n_rows + manifest.dropped_rows
     if manifest.tokens != 1 + n_rows * manifest.seq_len + manifest.left_over_tokens:
-        return f"tokens is {manifest.tokens}, which does not agree with the rows and what is left"
+        return f"tokens is {manifest.tokens}: rows and left_over_tokens make another number"
     return None
 
 
@@ -276,15 +302,15 @@ def _inconsistency(manifest: Manifest) -> str | None:
 def write_file(
     path: Path, blocks: Iterable[bytes | np.ndarray], *, durable: bool = True
 ) -> tuple[int, str]:
-    """Write `path` so that it is there whole or not at all; its size in bytes and its sha256.
+    """Write `path`, which appears when it is complete; returns its size in bytes and its sha256.
 
     Args:
-        durable: also after a power cut; else only a reader that compares the sha256 may believe it.
+        durable: complete even after a power cut; if not, readers have to compare the sha256.
 
     Raises:
-        OSError: no space, no permission; nothing half-written stays behind.
+        OSError: no space, no permission; no half-written file stays behind.
     """
-    # A name of its own: on a Ray cluster two machines may write the same file.
+    # Named after the process: on a Ray cluster two machines may write the same file.
     partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     digest = hashlib.sha256()
     try:
@@ -349,8 +375,8 @@ class PackedRows:
         return rows
 
     def probe(self) -> str:
-        """A hash of each shard's first and last record as they are on disk now: shards that
-        changed places since a run began are found without reading them.
+        """A hash over the first and last record of each shard: it shows, without reading the
+        shards, whether they were exchanged since a run began.
 
         Raises:
             UserError: one of these records is damaged.
@@ -377,7 +403,7 @@ class PackedRows:
 
 
 def damaged_records(records: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Which of some records (n,) have other bytes than their tokens must have, or unknown ids."""
+    """Whether each record (n,) has a wrong frame or checksum for its tokens, or unknown ids."""
     tokens = np.ascontiguousarray(records["tokens"])
     expected = build_records(tokens.astype(tokens.dtype.newbyteorder("=")))
     wrong = (records["head"] != expected["head"]).any(1) | (records["crc"] != expected["crc"])
@@ -385,10 +411,10 @@ def damaged_records(records: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def open_rows(folder: str | Path) -> PackedRows:
-    """The rows of the shards in `folder`; looks at every file's size, not at its content.
+    """The rows of the shards in `folder`; checks the size of every file, not its content.
 
     Raises:
-        UserError: no manifest or a damaged one; a shard missing or of another size: names it.
+        UserError: the manifest is missing or damaged; a shard is missing or has another size.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -411,17 +437,16 @@ def open_rows(folder: str | Path) -> PackedRows:
 def verify(
     folder: str | Path, *, tokenizer_sha256: str | None = None, workers: int = 1
 ) -> tuple[Manifest, list[str]]:
-    """Read everything in `folder`, a path or URL; its manifest, and one line for each thing that is
-    wrong.
+    """Read everything in `folder`, a path or URL; its manifest, and a line for each problem.
 
-    Looked at: the manifest (each field, its checksum, its very bytes), missing and foreign shards,
-    and of every shard the size, the sha256, and each record's framing, crc and token ids.
+    Checked are the manifest (each field, its checksum, its bytes), missing and foreign shards, and
+    for every shard the size, the sha256, and the framing, crc and token ids of each record.
 
     Args:
-        tokenizer_sha256: fingerprint of the tokenizer that the shards should be of; None: any.
+        tokenizer_sha256: fingerprint of the expected tokenizer; None: any.
 
     Raises:
-        UserError: no manifest, or one that is damaged.
+        UserError: the manifest is missing or damaged.
     """
     folder = as_path(folder)
     manifest = read_manifest(folder)
@@ -467,5 +492,5 @@ def _check_shard(folder: Path | RemotePath, manifest: Manifest, shard: Shard) ->
         rows = ", ".join(map(str, bad_rows[:5])) + (" ..." if len(bad_rows) > 5 else "")
         return [f"{path}: {len(bad_rows):,} damaged records (rows {rows})"]
     if digest.hexdigest() != shard.sha256:
-        return [f"{path}: its sha256 is not the manifest's, though all its records are sound"]
+        return [f"{path}: all records are sound, but the manifest has another sha256"]
     return []

@@ -1,37 +1,39 @@
 """Phase 1 of packing: tasks of documents to files of tokens, in any order, by any workers.
 
-A task is a run of the corpus's parts, cut by a rule that knows nothing of workers. It leaves in
-the work folder, the last only when the others are complete:
+A task is a run of the corpus's parts; where runs are cut does not depend on the workers. A task
+writes into the work folder:
 
     00000.tokens       the tokens of its documents, each behind its control code
-    00000.documents    one `DOCUMENT` per document, where documents are picked or shuffled
-    00000.json         what was read: counts, number of tokens
+    00000.documents    one `DOCUMENT` per document, if documents are picked or shuffled
+    00000.json         last, when the others are complete: counts, number of tokens
 """
 
 import hashlib
-import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from .batches import permutation
-from .corpus import CorpusReport, Part, describe_parts, read_parts
+from .documents import read_batches
 from .encoders import Encode, build_encoder
 from .errors import UserError
 from .files import describe_file, read_record, write_record
+from .listing import identify_parts
+from .parts import CorpusCounts, Part, Reading
 from .tfrecords import write_file
 from .tokenization_algpt2 import TextTokenizer
+from .words import count_line_ends, count_words
 
 TASK_FILES, TASK_BYTES = 4096, 64 << 20  # a task has at most so many files, and about so much text
-OPEN_FILES = 64  # of tokens
+OPEN_FILES = 64  # token files held open at a time
 BATCH_BYTES = 1 << 18  # of text whose tokens are written at once
-# What the encoders are compared on: at most the first 64 KiB of 16 tasks, half a second of one
-# core, or 1/1000 of the text, which takes a tenth of the time of packing it.
+# The encoders are compared on a sample: 1/1000 of the text (a tenth of the time of packing it), but
+# 16 to 64 KiB of each of 16 tasks (half a second of one core).
 SAMPLE_TASKS, SAMPLE_BYTES, SAMPLE_SHARE = 16, (1 << 14, 1 << 16), 1000
 
 DOCUMENT = np.dtype(
@@ -62,15 +64,15 @@ class Context:
     tokenizer: TextTokenizer
     encoder: str  # the name that `choose_encoder` gave
     start_id: int | None  # token before each document
-    reading: dict[str, Any]  # options of `corpus.read_parts`
+    reading: Reading
     with_documents: bool  # write DOCUMENT records
     max_tokens: float  # no task needs more
     detokenizer: str | None = None  # of `DETOKENIZERS`, before encoding
-    plan: str = ""  # hash of all else that decides a task's tokens
+    plan: str = ""  # hash of all other options that decide a task's tokens
 
 
 def cut_tasks(parts: Iterable[Part], n_files: int | None) -> list[Task]:
-    """The tasks of a corpus of these parts, of which `n_files` files are read (None: all)."""
+    """The tasks of a corpus of these parts; `n_files` files of it are read (None: all)."""
     tasks: list[Task] = []
     run: list[Part] = []
     n_run, size, left = 0, 0, n_files
@@ -83,11 +85,11 @@ def cut_tasks(parts: Iterable[Part], n_files: int | None) -> list[Task]:
         run, n_run, size = [], 0, 0
 
     for part in parts:
-        if left == 0 and part.n_files != 0:  # 0: it belongs to a file that has begun before
+        if left == 0 and part.n_files != 0:  # 0: the part continues a file
             break
         if part.n_files is None and (left is not None or not part.is_file):
             close()
-            # How many files there are shows when they are read: what is limited stays together.
+            # Its number of files is known when it is read: a limit on files needs a single task.
             run = [part] if left is None else [part, *parts]
             close(left)
             continue
@@ -104,15 +106,16 @@ def cut_tasks(parts: Iterable[Part], n_files: int | None) -> list[Task]:
     return tasks
 
 
-def sample(tasks: Sequence[Task], reading: dict[str, Any]) -> Iterator[bytes]:
+def sample(tasks: Sequence[Task], reading: Reading) -> Iterator[bytes]:
     """The first documents of some tasks all over the corpus."""
     step = math.ceil(len(tasks) / SAMPLE_TASKS)
     size = sum(part.size for task in tasks for part in task.parts)
     low, high = SAMPLE_BYTES
+    reading = replace(reading, is_sample=True)
     for task in tasks[::step]:
         left = min(high, max(low, size // SAMPLE_SHARE // SAMPLE_TASKS))
-        options = {**reading, "is_sample": True, "limit": task.limit}
-        for text in read_parts(task.parts, **options, report=CorpusReport()):
+        counts = CorpusCounts()
+        for (text,) in read_batches(task.parts, reading, counts, limit=task.limit, batch_bytes=1):
             yield text[:left].decode(errors="ignore").encode()  # no character is cut
             left -= len(text)
             if left <= 0:
@@ -123,137 +126,114 @@ def sample(tasks: Sequence[Task], reading: dict[str, Any]) -> Iterator[bytes]:
 
 
 def encode_task(
-    context: Context, task: Task, *, tick: Callable[[CorpusReport], None] | None = None
+    context: Context, task: Task, *, tick: Callable[[CorpusCounts], None] | None = None
 ) -> dict[str, Any]:
     """Do a task, unless it was done before; returns the content of its .json.
 
     Args:
-        tick: called after each batch with what was read so far.
+        tick: called after each batch with the counts up to there.
 
     Raises:
-        UserError: what `corpus.read_parts` raises.
+        UserError: as `PartReader`.
         OSError: disk full.
     """
     base = context.work / f"{task.index:05d}"
-    key = [context.plan, context.encoder, describe_parts(task.parts), task.limit]
+    key = [context.plan, context.encoder, identify_parts(task.parts), task.limit]
     if (result := _earlier_result(base, context, key)) is not None:
         return result
-    report = CorpusReport()
-    found: list[np.ndarray] = []
-    encode = build_encoder(context.tokenizer, context.encoder, context.detokenizer)
-    texts = read_parts(task.parts, **context.reading, limit=task.limit, report=report)
-    batches = encode_documents(
-        _counted(texts, report) if context.with_documents else zip(texts, itertools.repeat(None)),
-        encode, context.start_id, context.tokenizer.dtype,
-    )  # fmt: skip
-    n_tokens = 0
-
-    def blocks() -> Iterator[np.ndarray]:
-        nonlocal n_tokens
-        for block, documents in batches:
-            found.append(documents)
-            yield block
-            n_tokens += len(block)
-            if tick is not None:
-                tick(report)
-            if n_tokens >= context.max_tokens:
-                return
-
-    # Not durable: it is soon removed, and its checksums tell if it was lost. On the disk, it would
-    # be written twice.
-    files = {".tokens": write_file(base.with_suffix(".tokens"), blocks(), durable=False)}
+    counts, records = CorpusCounts(), []
+    blocks = _encode_blocks(context, task, counts, records, tick)
+    # Not durable, which would write them to the disk twice as often: they are soon removed, and
+    # their checksums tell if a power cut lost them.
+    files = {".tokens": write_file(base.with_suffix(".tokens"), blocks, durable=False)}
     if context.with_documents:
         path = base.with_suffix(".documents")
-        files[".documents"] = write_file(path, found, durable=False)
-    result = {"key": key, "tokens": n_tokens, "report": asdict(report), "files": files}
+        files[".documents"] = write_file(path, records, durable=False)
+    n_tokens = files[".tokens"][0] // np.dtype(context.tokenizer.dtype).itemsize
+    result = {"key": key, "tokens": n_tokens, "counts": asdict(counts), "files": files}
     write_record(base.with_suffix(".json"), result, durable=False)
     return read_record(base.with_suffix(".json"))
 
 
+def _encode_blocks(
+    context: Context, task: Task, counts: CorpusCounts, records: list[np.ndarray],
+    tick: Callable[[CorpusCounts], None] | None,
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """The tokens of a task in blocks (n,); fills `counts` and `records`."""
+    encode = build_encoder(context.tokenizer, context.encoder, context.detokenizer)
+    batches = read_batches(
+        task.parts, context.reading, counts, limit=task.limit, batch_bytes=BATCH_BYTES
+    )
+    n_tokens, dtype = 0, context.tokenizer.dtype
+    for batch in batches:
+        block, lengths = encode_documents(batch, encode, context.start_id, dtype)
+        if context.with_documents:
+            records.append(document_records(batch, lengths))
+        yield block
+        n_tokens += len(block)
+        if tick is not None:
+            tick(counts)
+        if n_tokens >= context.max_tokens:
+            return
+
+
+def encode_documents(
+    texts: Sequence[bytes], encode: Encode, start_id: int | None, dtype: type
+) -> tuple[np.ndarray, list[int]]:
+    """The tokens of some documents in one array (n,), each document's behind `start_id` (None:
+    alone), and the number of tokens of each."""
+    dtype = np.dtype(dtype).newbyteorder("<")
+    start = np.array([] if start_id is None else [start_id], dtype)
+    ids = encode(texts)
+    # In one pass: an array of its own in between would cost more than the conversion.
+    block = np.concatenate([x for tokens in ids for x in (start, tokens)], dtype=dtype,
+                           casting="unsafe")  # fmt: skip
+    return block, [len(start) + len(tokens) for tokens in ids]
+
+
+def document_records(texts: Sequence[bytes], lengths: Sequence[int]) -> np.ndarray:
+    """The `DOCUMENT` of each text (n,), of which `lengths` are the tokens."""
+    records = [
+        (length, count_words(text), count_line_ends(text), len(text),
+         hashlib.sha256(text).digest()[:16])
+        for text, length in zip(texts, lengths, strict=True)
+    ]  # fmt: skip
+    return np.array(records, DOCUMENT)
+
+
 def _earlier_result(base: Path, context: Context, key: list[Any]) -> dict[str, Any] | None:
-    """A task's .json, if it and the files that it names are whole and of this text and these
-    options (`key`)."""
+    """The .json of a task that was done before, if it is of this text and these options (`key`)
+    and its files are whole."""
     try:
         result = read_record(base.with_suffix(".json"))
         _check_result(result, context, key)
         files = {
             suffix: list(describe_file(base.with_suffix(suffix))) for suffix in result["files"]
         }
-    except (FileNotFoundError, UserError):  # not done, or damaged since: again
+    except (FileNotFoundError, UserError):  # not done, or damaged since: do it again
         return None
     return result if files == result["files"] else None
 
 
 def _check_result(result: dict[str, Any], context: Context, key: list[Any]) -> None:
-    """`UserError` unless a task's .json is of this text and these options (`key`), and has the
-    fields and types that `encode_task` writes."""
-    empty = asdict(CorpusReport())
+    """`UserError` unless a task's .json has this `key` and the fields and types that `encode_task`
+    writes."""
+    empty = asdict(CorpusCounts())
     try:
-        report, files = result["report"], result["files"]
+        counts, files = result["counts"], result["files"]
         sound = result["key"] == key
         sound &= files.keys() == {".tokens", ".documents"} or not context.with_documents
-        sound &= report.keys() == empty.keys() and type(result["tokens"]) is int
-        numbers = [*report["other_files"].values(), result["tokens"]]
-        numbers += [report[name] for name, value in empty.items() if type(value) is int]
+        sound &= counts.keys() == empty.keys() and type(result["tokens"]) is int
+        numbers = [*counts["other_files"].values(), result["tokens"]]
+        numbers += [counts[name] for name, value in empty.items() if type(value) is int]
         sound &= all(type(n) is int and n >= 0 for n in numbers)
-        sound &= type(report["broken"]) is list and all(type(x) is str for x in report["broken"])
+        sound &= type(counts["broken"]) is list and all(type(x) is str for x in counts["broken"])
         n_bytes = result["tokens"] * np.dtype(context.tokenizer.dtype).itemsize
         sound &= files[".tokens"][0] == n_bytes and files.keys() <= {".tokens", ".documents"}
     except (KeyError, TypeError, AttributeError, IndexError):
         sound = False
     if not sound:
         raise UserError("a task's result is damaged")
-
-
-def _counted(
-    texts: Iterable[bytes], report: CorpusReport
-) -> Iterator[tuple[bytes, tuple[int, int, int, bytes]]]:
-    """Each text with its own words, line ends, bytes and hash."""
-    words = line_ends = text_bytes = 0
-    for text in texts:
-        digest = hashlib.sha256(text).digest()[:16]
-        yield (
-            text,
-            (
-                report.words - words,
-                report.line_ends - line_ends,
-                report.text_bytes - text_bytes,
-                digest,
-            ),
-        )
-        words, line_ends, text_bytes = report.words, report.line_ends, report.text_bytes
-
-
-def encode_documents(
-    texts: Iterable[tuple[bytes, Any]], encode: Encode, start_id: int | None, dtype: type
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The token stream in blocks (n,), each document's tokens behind `start_id` (None: alone),
-    with the block's `DOCUMENT` records; `texts` are pairs of a text and its counts or None."""
-    dtype = np.dtype(dtype).newbyteorder("<")
-    start = np.array([] if start_id is None else [start_id], dtype)
-    for batch in _batches(texts):
-        ids = encode([text for text, _ in batch])
-        parts = [part for tokens in ids for part in (start, tokens)]
-        # In one pass: an array of its own in between would cost more than the conversion.
-        stream = np.concatenate(parts, dtype=dtype, casting="unsafe")
-        documents = [
-            (len(tokens) + len(start), *counts)
-            for tokens, (_, counts) in zip(ids, batch, strict=True)
-            if counts is not None
-        ]
-        yield stream, np.array(documents, DOCUMENT)
-
-
-def _batches(texts: Iterable[tuple[bytes, Any]]) -> Iterator[list[tuple[bytes, Any]]]:
-    batch, n_bytes = [], 0
-    for pair in texts:
-        batch.append(pair)
-        n_bytes += len(pair[0])
-        if n_bytes >= BATCH_BYTES:
-            yield batch
-            batch, n_bytes = [], 0
-    if batch:
-        yield batch
 
 
 # --- all tasks together --------------------------------------------------------------------------
@@ -263,7 +243,7 @@ def _batches(texts: Iterable[tuple[bytes, Any]]) -> Iterator[list[tuple[bytes, A
 class Segments:
     """Stretches of the stored tokens, in the order in which they are packed."""
 
-    starts: np.ndarray  # (n,) int64: place of the first token among all stored ones
+    starts: np.ndarray  # (n,) int64: place of the first token among all stored tokens
     lengths: np.ndarray  # (n,) int64
 
     @classmethod
@@ -277,7 +257,7 @@ class Segments:
         return int(self.lengths.sum())
 
     def cut(self, start: int, stop: int) -> "Segments":
-        """The segments of the tokens `start` to `stop` of this stream."""
+        """The segments that hold the tokens [start, stop) of this stream."""
         ends = np.cumsum(self.lengths)
         first, last = np.searchsorted(ends, [start, stop - 1], side="right")
         starts, lengths = (
@@ -329,8 +309,8 @@ class TokenStore:
         return self._files[task]
 
     def _read_into(self, tokens: np.ndarray, task: int, start: int) -> None:
-        """Fill `tokens` from `start` on in a task's file. Not through a memory map: the pages that
-        were read would count as this process's memory, gigabytes of a large shard."""
+        """Fill `tokens` with those from `start` on in a task's file. Not through a memory map: the
+        pages of a large shard would count as gigabytes of this process's memory."""
         file = self._open(task)
         file.seek(start * tokens.itemsize)
         left = memoryview(tokens).cast("B")
@@ -353,7 +333,7 @@ def _close(files: dict[int, BinaryIO]) -> None:
 class StreamRows:
     """Rows of a token stream, (n_rows, seq_len + 1), read block by block: `rows[i:j]`.
 
-    Each row starts with the last token of the one before, so that every token but the first is
+    Each row starts with the last token of the row before, so that every token but the first is
     predicted exactly once.
     """
 
@@ -377,10 +357,10 @@ class StreamRows:
 def order_documents(
     documents: np.ndarray, *, dedup: bool, valid_fraction: float, shuffle_seed: int | None
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Indices of the documents of each split in the order of packing, and how many are copies.
+    """Indices of the documents of each split in the order of packing, and the number of copies.
 
     The splits are {"": all} or, with `valid_fraction`, {"train": ..., "valid": ...}: a document's
-    hash alone decides, by the rule of docs:. Of equal texts the first stays.
+    hash alone decides, by the rule of docs:. Of equal texts `dedup` keeps the first.
     """
     keep = np.ones(len(documents), bool)
     if dedup:
@@ -398,14 +378,9 @@ def order_documents(
 
 
 def _fractions(hashes: np.ndarray) -> np.ndarray:
-    """`hash_fraction` of each text, of the first six bytes of its hash (big-endian)."""
-    digits = (
-        np.ascontiguousarray(hashes)
-        .view(np.uint8)
-        .reshape(len(hashes), 16)[:, :6]
-        .astype(np.float64)
-    )
-    return digits @ (256.0 ** -np.arange(1, 7))
+    """`hash_fraction` of each text: the first six bytes of its hash (big-endian) over 2**48."""
+    digits = np.ascontiguousarray(hashes).view(np.uint8).reshape(len(hashes), 16)[:, :6]
+    return digits.astype(np.float64) @ (256.0 ** -np.arange(1, 7))
 
 
 def segments_of(documents: np.ndarray, order: np.ndarray) -> Segments:

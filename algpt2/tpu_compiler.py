@@ -2,10 +2,11 @@
 
     python3 -m algpt2.tpu_compiler REQUEST.json
 
-libtpu writes to stderr as it likes, aborts on errors of its own and may crash when the interpreter
-exits, so `dry_run.compile_program` starts it here. The request names the serialized HLO module of
+libtpu writes to stderr, aborts on its own errors and may crash when the interpreter exits, so
+`dry_run.compile_program` starts this process for it. The request names the serialized HLO module of
 one replica (`program`), the slice (`topology`, `chip_config`, `accelerator_type`) and the file to
-write (`answer`): bytes per core as XLA counts them, FLOPs and seconds; or `error`, XLA's message.
+write (`answer`). The answer holds bytes per core as XLA counts them, FLOPs and seconds; or `error`,
+XLA's message.
 """
 
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 QUIET = {"TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TPU_LOG_DIR": "disabled"}
-# No metadata server to ask for the slice's hosts, no device to open, none to lock.
+# Ask no metadata server for the slice's hosts; open and lock no device.
 NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -24,7 +25,11 @@ NO_TPU = {
 
 
 def compile_request(request: dict[str, Any]) -> dict[str, Any]:
-    """What the TPU compiler says about the program of `request`."""
+    """Compile the program of `request`; return the fields of `dry_run.Compiled`.
+
+    Raises:
+        RuntimeError: libtpu has another number of devices; XLA's errors pass through.
+    """
     os.environ.update(QUIET | NO_TPU | {"TPU_ACCELERATOR_TYPE": request["accelerator_type"]})
     from jax._src.interpreters.mlir import make_ir_context
     from jax._src.lib.mlir import ir
@@ -81,11 +86,11 @@ def _drop_copies(operation: Any) -> None:
 
 
 def main() -> None:
-    """Answer the request whose file the command line names."""
+    """Read the request, write its answer, leave without the interpreter's exit."""
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     try:
         answer = compile_request(request)
-    except Exception as error:  # whatever it is, the other process tells the user
+    except Exception as error:  # the other process tells the user
         answer = {"error": f"{type(error).__name__}: {error}"}
     Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
     os._exit(0)

@@ -1,7 +1,7 @@
 """xz decompression; as a script, in a process of its own: `python unxz.py < FILE.xz`.
 
-The script decompresses ahead of its reader, up to `AHEAD_CHUNKS` of `CHUNK_BYTES`: what it has
-done while the reader was busy costs no time any more. It needs nothing but the standard library.
+The script decompresses while its reader is busy, up to `AHEAD_CHUNKS` chunks of `CHUNK_BYTES`
+ahead. It needs only the standard library.
 """
 
 import lzma
@@ -17,11 +17,10 @@ DAMAGED, FAILED = 1, 2  # exit codes: the input's fault, or this process's (out 
 
 
 class XzStream:
-    """xz streams, one behind the other or padded, as one. `lzma.LZMAFile` takes what follows
-    padding for the end of the file.
+    """Concatenated and padded xz streams as one stream; `lzma.LZMAFile` stops at the padding.
 
     Raises (while it is read):
-        EOFError, lzma.LZMAError: it is cut off, or damaged.
+        EOFError, lzma.LZMAError: cut off, or damaged.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -29,7 +28,7 @@ class XzStream:
         self._decompressor: lzma.LZMADecompressor | None = None
 
     def read(self, n: int) -> bytes:
-        """Up to `n` bytes, none at the end."""
+        """Up to `n` bytes; empty at the end."""
         while True:
             if self._decompressor is None and not self._start_stream():
                 return b""
@@ -61,8 +60,8 @@ class XzStream:
 
 
 def main() -> None:
-    """Standard input to standard output; what is wrong to standard error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the reader's to answer
+    """Decompress standard input to standard output; an error goes to standard error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the reader answers Ctrl-C
     chunks: queue.Queue[bytes | Exception] = queue.Queue(AHEAD_CHUNKS)
     stream = XzStream(sys.stdin.buffer)
 

@@ -19,12 +19,9 @@ from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from algpt2.console import table  # noqa: E402
-from algpt2.errors import UserError, describe  # noqa: E402
-from algpt2.script import run_script  # noqa: E402
+from algpt2.console import table
+from algpt2.errors import UserError, describe
+from algpt2.script import run_script
 
 Ids = list[int]
 
@@ -71,13 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def generate_here(options: Options) -> tuple[list[Ids], list[str]]:
     """Prompts as ids and their greedy continuations by ALGPT2 itself."""
-    from algpt2.options import DataOptions, ModelOptions
-    from algpt2.runs import choose_tokenizer
-    from algpt2.training_pt import build_model
+    from algpt2.options import ModelOptions, TrainOptions
+    from algpt2.start import find_start
+    from algpt2.trainer_pt import build_model
 
-    model_options = ModelOptions(checkpoint=options.checkpoint)
-    tokenizer = choose_tokenizer(DataOptions(), model_options)
-    model = build_model(model_options, tokenizer, None).eval()
+    model = ModelOptions(checkpoint=options.checkpoint)
+    start = find_start(TrainOptions(model=model, sample_only=True))
+    tokenizer, model = start.tokenizer, build_model(start).eval()
     prompts = [[tokenizer.eot_id, *x.tolist()] for x in tokenizer.encode_batch(options.prompts)]
     return prompts, [tokenizer.decode(greedy(model, ids, options.n_tokens)) for ids in prompts]
 

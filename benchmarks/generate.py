@@ -7,21 +7,16 @@ Greedy `generate` of `--new_tokens` after a random prompt, weights random, float
 contestants alternate within one process; medians and ratios over the rounds.
 """
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tyro
+from harness import save
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from algpt2.console import table  # noqa: E402
+from algpt2.console import table
 
 
 @dataclass(frozen=True)
@@ -58,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         base = medians["GPT2LMHeadModel, KV cache"]
         lines += [[f"{config}: {k}", f"{v:.1f}", f"{v / base:.2f}"] for k, v in medians.items()]
     print(table(lines))
-    path = ROOT / "benchmarks" / "results" / "generate.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    save("generate", results)
 
 
 def build(config: str) -> dict[str, tuple[Any, bool]]:

@@ -20,14 +20,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import tyro
+from harness import ROOT, save
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from algpt2.checkpoints import find_checkpoint  # noqa: E402
-from algpt2.console import table  # noqa: E402
-from algpt2.detokenizers import wikitext  # noqa: E402
-from algpt2.files import write_json  # noqa: E402
+from algpt2.checkpoints import find_checkpoint
+from algpt2.console import table
+from algpt2.detokenizers import wikitext
 
 TASK = """task: {name}
 dataset_path: json
@@ -101,8 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_tasks(folder / "sets", folder / "tasks", paradigms)
         ours = run_ours(model, folder / "sets")
         theirs = run_lm_eval(model, folder, paradigms)
-    path = ROOT / "benchmarks" / "results" / "lm_eval_agreement.json"
-    write_json(path, {"lm_eval": version("lm_eval"), "ours": ours, "theirs": theirs})
+    save("lm_eval_agreement", {"lm_eval": version("lm_eval"), "ours": ours, "theirs": theirs})
     lines, is_equal = [["", "train_pt.py", "lm_eval", "rel. difference"]], True
     for name, value in theirs.items():
         difference = abs(ours[name] - value) / max(abs(value), 1e-9)

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from test_corpus import lines, read, write, write_parquet
+from test_corpus import lines, read, read_parts, write, write_parquet
 
-from algpt2 import archives, corpus
-from algpt2.archives import Broken, TarStream
-from algpt2.corpus import BrokenInput, CorpusReport, list_parts, read_parts
+from algpt2 import archives, listing
+from algpt2.archives import TarStream
 from algpt2.errors import UserError
+from algpt2.listing import list_parts
 from algpt2.parallel import TasksStopped
+from algpt2.parts import Broken, BrokenInput, CorpusCounts
 
 NAMES = ("a.txt", "b/c.md", "d", "x" * 90 + "/" + "y" * 90 + ".txt", "ü" * 60 + ".txt")
 FILES = {name: f"{name} says {'word ' * i}".encode() for i, name in enumerate(NAMES)}
@@ -68,7 +69,7 @@ def nested(n=5, inner=lzma.compress, suffix="_data.xz"):
 def part_texts(source, **reading):
     """The documents of each part read by itself."""
     parts = list(list_parts([str(source)]))
-    read = [read_parts([part], report=CorpusReport(), **reading) for part in parts]
+    read = [read_parts([part], counts=CorpusCounts(), **reading) for part in parts]
     return [[raw.decode() for raw in texts] for texts in read]
 
 
@@ -83,16 +84,16 @@ def flat(lists):
 @pytest.mark.parametrize("format_", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_a_tar_gives_what_its_files_give(tmp_path, suffix, format_):
     path = write(tmp_path / f"a{suffix}", COMPRESSED[suffix](pack_tar(format_=format_)))
-    report = CorpusReport()
-    assert read(path, report=report) == TEXTS
-    assert report.files == report.documents == len(FILES)
+    counts = CorpusCounts()
+    assert read(path, counts=counts) == TEXTS
+    assert counts.files == counts.documents == len(FILES)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
 def test_a_zip_gives_what_its_files_give(tmp_path, method, monkeypatch):
     path = write(tmp_path / "a.zip", pack_zip(method=method))
     assert read(path) == TEXTS
-    monkeypatch.setattr(corpus, "RUN_FILES", 7)
+    monkeypatch.setattr(listing, "RUN_FILES", 7)
     parts = part_texts(path)
     assert len(parts) == -(-len(FILES) // 7) and flat(parts) == TEXTS
 
@@ -113,13 +114,13 @@ def test_archives_in_archives(tmp_path, suffix, inner):
 
 
 def test_a_tar_is_cut_into_runs_that_are_read_on_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "RUN_FILES", 10)
+    monkeypatch.setattr(listing, "RUN_FILES", 10)
     path = write(tmp_path / "a.tar", pack_tar())
     parts = list(list_parts([str(path)]))
     assert [part.n_files for part in parts] == [10, 10, 10, 10, 5]
     assert flat(part_texts(path)) == TEXTS
     assert read(path, n_files=23) == TEXTS[:23]
-    monkeypatch.setattr(corpus, "RUN_BYTES", 300)
+    monkeypatch.setattr(listing, "RUN_BYTES", 300)
     assert len(list(list_parts([str(path)]))) > 10 and flat(part_texts(path)) == TEXTS
 
 
@@ -137,10 +138,10 @@ def test_tables_and_other_members(tmp_path):
     }
     texts = ["row 1", "row 2", "row 3", "row 4", "text", "compressed"]
     for name, packed in {"a.tar": pack_tar(files), "a.zip": pack_zip(files)}.items():
-        report = CorpusReport()
-        assert read(write(tmp_path / name, packed), report=report) == texts
-        assert report.other_files == {".png": 1}
-        assert report.files == 5
+        counts = CorpusCounts()
+        assert read(write(tmp_path / name, packed), counts=counts) == texts
+        assert counts.other_files == {".png": 1}
+        assert counts.files == 5
 
 
 def test_line_by_line_in_an_archive(tmp_path):
@@ -222,9 +223,9 @@ def test_links_devices_and_paths_that_lead_out_are_never_followed(tmp_path):
             tar.addfile(info, io.BytesIO(b"bytes"))
     path = write(tmp_path / "corpus" / "a.tar", target.getvalue())
     before = sorted(tmp_path.rglob("*"))
-    report = CorpusReport()
-    assert read(path, report=report) == ["bytes"] * 3
-    assert report.other_files == {"(link)": 2, "(device)": 1, "(pipe)": 1}
+    counts = CorpusCounts()
+    assert read(path, counts=counts) == ["bytes"] * 3
+    assert counts.other_files == {"(link)": 2, "(device)": 1, "(pipe)": 1}
     assert sorted(tmp_path.rglob("*")) == before and secret.read_text() == "secret"
 
 
@@ -235,8 +236,8 @@ def test_a_link_in_a_zip_is_not_text(tmp_path):
         info.external_attr = (stat.S_IFLNK | 0o777) << 16
         archive.writestr(info, "/etc/passwd")
         archive.writestr("a.txt", "text")
-    report = CorpusReport()
-    assert read(path, report=report) == ["text"] and report.other_files == {"(link)": 1}
+    counts = CorpusCounts()
+    assert read(path, counts=counts) == ["text"] and counts.other_files == {"(link)": 1}
 
 
 def test_archives_in_archives_end_somewhere(tmp_path):
@@ -294,12 +295,12 @@ def test_a_broken_inner_archive_costs_only_itself(tmp_path, suffix, damage, caps
     path = write(tmp_path / f"owt{suffix}", packed)
     with pytest.raises(BrokenInput, match=r"byte [\d,]+: owt/subset2_data.xz"):
         read(path)
-    report = CorpusReport()
-    found = read(path, skip_broken=True, report=report)
+    counts = CorpusCounts()
+    found = read(path, skip_broken=True, counts=counts)
     others = [text for text in texts if not text.startswith("text 2")]
     assert [text for text in found if not text.startswith("text 2")] == others
-    assert report.n_broken == len(report.broken) == 1 and "subset2_data.xz" in report.broken[0]
-    assert "1 broken ones left out" in report.summary()
+    assert counts.n_broken == len(counts.broken) == 1 and "subset2_data.xz" in counts.broken[0]
+    assert "1 broken inputs left out" in str(counts)
     assert "left out: " in capsys.readouterr().out
 
 
@@ -307,10 +308,10 @@ def test_what_comes_before_the_damage_stays(tmp_path):
     content = pack_tar()
     for name, packed in {"a.tar": content, "a.tar.zst": zstd(content)}.items():
         path = write(tmp_path / name, packed[: len(packed) * 2 // 3])
-        report = CorpusReport()
-        found = read(path, write(tmp_path / "b.txt", "behind"), skip_broken=True, report=report)
+        counts = CorpusCounts()
+        found = read(path, write(tmp_path / "b.txt", "behind"), skip_broken=True, counts=counts)
         assert found[-1] == "behind" and found[:-1] == TEXTS[: len(found) - 1]
-        assert report.n_broken == 1 and (len(found) > 10 or name != "a.tar")
+        assert counts.n_broken == 1 and (len(found) > 10 or name != "a.tar")
 
 
 def test_a_broken_outer_stream_is_not_blamed_on_a_member(tmp_path):
@@ -357,10 +358,10 @@ def test_an_archive_that_changes_after_it_was_listed_is_an_error(tmp_path):
     parts = list(list_parts([str(path)]))
     path.write_bytes(pack_tar(FILES | {"new.txt": b"new"}))
     with pytest.raises(UserError, match=r"a.tar has changed since the files were listed"):
-        list(read_parts(parts, report=CorpusReport()))
+        list(read_parts(parts, counts=CorpusCounts()))
     Path(path).unlink()
     with pytest.raises(UserError, match=r"a.tar has changed .* \(it is gone\)"):
-        list(read_parts(parts, report=CorpusReport()))
+        list(read_parts(parts, counts=CorpusCounts()))
 
 
 # --- xz in a process of its own ------------------------------------------------------------------
@@ -380,40 +381,15 @@ def started(monkeypatch):
     return processes
 
 
-def test_decompression_begins_before_it_is_asked_for(tmp_path, started):
-    path = write(tmp_path / "a.tar.xz", lzma.compress(pack_tar()))
-    with archives.read_ahead([str(path)]):
-        assert len(started) == 1 and read(path) == TEXTS and len(started) == 1
-        assert read(path) == TEXTS and len(started) == 2  # the first was used up
-    assert all(process.returncode == 0 for process in started)
-
-
-def test_a_process_that_nobody_needed_ends(tmp_path, started):
-    large = write(tmp_path / "a.xz", lzma.compress(bytes(1 << 22)))  # more than a pipe holds
-    with archives.read_ahead([str(large)]):
-        pass
-    assert started[0].returncode == -signal.SIGKILL
-    for sources in (["a.xz", "b.xz"], [str(tmp_path)], [str(tmp_path / "none.xz")]):
-        with archives.read_ahead(sources):
-            assert len(started) == 1
-
-
-def test_what_was_begun_of_another_file_is_not_read(tmp_path, started):
-    path = write(tmp_path / "a.xz", lzma.compress(b"before"))
-    with archives.read_ahead([str(path)]):
-        write(tmp_path / "b.xz", lzma.compress(b"behind")).replace(path)
-        assert read(path) == ["behind"] and len(started) == 2
-
-
 def test_a_sample_takes_no_process(tmp_path, started):
     path = write(tmp_path / "a.tar.xz", lzma.compress(pack_tar()))
-    texts = read_parts(list_parts([str(path)]), is_sample=True, report=CorpusReport())
+    texts = read_parts(list_parts([str(path)]), is_sample=True, counts=CorpusCounts())
     assert next(texts).decode() == TEXTS[0] and not started
 
 
 def test_a_process_that_is_killed_is_no_damage(tmp_path, started):
     path = write(tmp_path / "a.tar.xz", lzma.compress(pack_tar(FILES | {"z.txt": b"z" * 10**8})))
-    texts = read_parts(list_parts([str(path)]), skip_broken=True, report=CorpusReport())
+    texts = read_parts(list_parts([str(path)]), skip_broken=True, counts=CorpusCounts())
     next(texts)
     started[0].kill()
     with pytest.raises(TasksStopped, match=r"that decompresses .*a.tar.xz was killed"):
@@ -436,7 +412,7 @@ def test_a_process_without_memory_is_no_damage(tmp_path, monkeypatch):
 
 def test_a_reader_that_stops_early_ends_the_process(tmp_path, started):
     path = write(tmp_path / "a.tar.xz", lzma.compress(pack_tar(FILES | {"z.txt": b"z" * 10**8})))
-    texts = read_parts(list_parts([str(path)]), report=CorpusReport())
+    texts = read_parts(list_parts([str(path)]), counts=CorpusCounts())
     next(texts)
     texts.close()
     gc.collect()

@@ -56,7 +56,7 @@ def test_forward_passes_of_an_accumulated_step_are_slices_of_its_batch():
 
 
 def test_the_order_depends_on_the_seed_and_not_on_the_machine():
-    # A continued run depends on these numbers: a numpy that draws others may not come in unseen.
+    # A continued run depends on these numbers: a NumPy that draws other numbers must fail here.
     assert permutation(8, 42, 0).tolist() == [3, 4, 2, 7, 6, 1, 5, 0]
     pairs = itertools.product((1, 2), (0, 1))
     assert len({tuple(permutation(8, seed, epoch)) for seed, epoch in pairs}) == 4

@@ -79,11 +79,11 @@ def test_a_checkpoint_written_again_is_never_away(run, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints.shutil, "rmtree", lose)
-        write_checkpoint(run, 3, lose, {"note": "again"}, again=True)
+        write_checkpoint(run, 3, lose, {"note": "again"}, marker_only=True)
     newest = newest_checkpoint(run)
     assert (newest.step, newest.state["note"]) == (3, "again")
     (run / "checkpoint-00000003" / "weights.bin").write_bytes(b"")
-    write_checkpoint(run, 3, fill, {"note": "damaged since"}, again=True)
+    write_checkpoint(run, 3, fill, {"note": "damaged since"}, marker_only=True)
     assert newest_checkpoint(run).state["note"] == "damaged since"
 
 

@@ -1,4 +1,4 @@
-"""corpus.py: what each kind of source yields, in which order, and what a user's mistakes say."""
+"""What each kind of source yields, in which order, and what a user's mistakes say."""
 
 import gzip
 import json
@@ -13,23 +13,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from algpt2 import corpus, docstrings, readers
-from algpt2.corpus import (
-    BrokenInput,
-    CorpusReport,
-    count_words,
-    describe_parts,
-    describe_sources,
-    documents,
-    first_bytes,
-    list_parts,
-    read_parts,
-)
+from algpt2 import docstrings, listing, readers, words
+from algpt2.documents import documents, first_bytes, read_batches
 from algpt2.errors import UserError
+from algpt2.listing import identify_parts, identify_sources, list_parts
+from algpt2.parts import BrokenInput, CorpusCounts, Reading
+from algpt2.words import count_words
 
 
-def read(*sources, **options):
-    return list(documents([str(source) for source in sources], **options))
+def read(*sources, n_files=None, counts=None, **reading):
+    """The documents of some sources."""
+    paths = [str(source) for source in sources]
+    return list(documents(paths, Reading(**reading), n_files=n_files, counts=counts))
+
+
+def read_parts(parts, *, counts=None, **reading):
+    """The documents of some parts, as UTF-8."""
+    counts = CorpusCounts() if counts is None else counts
+    for (text,) in read_batches(parts, Reading(**reading), counts, batch_bytes=1):
+        yield text
 
 
 def write(path, content):
@@ -68,8 +70,8 @@ def folder(tmp_path):
 
 
 def test_a_folder_is_read_recursively_in_the_order_of_its_sorted_paths(folder):
-    report = CorpusReport()
-    texts = read(folder, report=report)
+    counts = CorpusCounts()
+    texts = read(folder, counts=counts)
     paths = sorted(
         str(p.relative_to(folder))
         for p in folder.rglob("*")
@@ -78,7 +80,7 @@ def test_a_folder_is_read_recursively_in_the_order_of_its_sorted_paths(folder):
     names = [path for path in paths if not path.startswith(".")]
     assert texts == [*names, "row 1", "row 2", "row 3"]
     assert names == ["B", "a.txt", "a/a.md", "a/z.txt", "b.txt", "c/deep/er.text"]
-    assert report.other_files == {".png": 1, ".json": 1}
+    assert counts.other_files == {".png": 1, ".json": 1}
 
 
 def test_the_order_does_not_depend_on_the_file_system(folder, monkeypatch):
@@ -110,9 +112,9 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
 def test_the_order_of_the_sources_is_kept_and_n_files_counts_over_them(folder):
     assert read(folder / "b.txt", folder / "a") == ["b.txt", "a/a.md", "a/z.txt"]
     assert read(folder / "b.txt", folder / "a", n_files=2) == ["b.txt", "a/a.md"]
-    report = CorpusReport()
-    assert read(folder / "d.jsonl", folder / "a", n_files=1, report=report) == ["row 1", "row 2"]
-    assert report.files == 1
+    counts = CorpusCounts()
+    assert read(folder / "d.jsonl", folder / "a", n_files=1, counts=counts) == ["row 1", "row 2"]
+    assert counts.files == 1
 
 
 def test_globs_are_sorted_recursive_and_take_what_they_name(folder):
@@ -121,11 +123,11 @@ def test_globs_are_sorted_recursive_and_take_what_they_name(folder):
     assert read(f"{folder}/*.py") == ["code"]  # a folder would not take it
     assert read(f"{folder}/[ab]") == ["a/a.md", "a/z.txt"]
     assert read(f"{folder}/**/*.txt") == ["a.txt", "a/z.txt", "b.txt"]
-    report = CorpusReport()
-    texts = read(f"{folder}/a/**", report=report)
+    counts = CorpusCounts()
+    texts = read(f"{folder}/a/**", counts=counts)
     assert texts == ["a/a.md", "a/z.txt"]
-    assert read(f"{folder}/*.p*", report=report) == ["code", "row 3"]
-    assert report.other_files == {".png": 1}
+    assert read(f"{folder}/*.p*", counts=counts) == ["code", "row 3"]
+    assert counts.other_files == {".png": 1}
 
 
 def test_a_name_with_brackets_is_a_file_before_it_is_a_glob(tmp_path):
@@ -134,21 +136,21 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_glob(tmp_path):
 
 def test_lines_become_documents_without_their_ends(tmp_path):
     path = write(tmp_path / "a.txt", "one\r\n\n two\n   \nthree")
-    report = CorpusReport()
-    assert read(path, line_by_line=True, report=report) == ["one", " two", "three"]
-    assert (report.documents, report.empty, report.line_ends) == (3, 2, 0)
+    counts = CorpusCounts()
+    assert read(path, line_by_line=True, counts=counts) == ["one", " two", "three"]
+    assert (counts.documents, counts.empty, counts.line_ends) == (3, 2, 0)
     rows = write(tmp_path / "b.jsonl", lines({"text": "x\ny"}, {"text": "z\n"}))
     assert read(rows, line_by_line=True) == ["x", "y", "z"]
 
 
-def test_the_report_counts_bytes_words_and_line_ends_of_the_documents(tmp_path):
+def test_bytes_words_and_line_ends_of_the_documents_are_counted(tmp_path):
     write(tmp_path / "a.txt", "Grüße  an\nalle\n")
     write(tmp_path / "b.txt", "x")
-    report = CorpusReport()
-    texts = read(tmp_path, report=report)
-    assert report.text_bytes == sum(len(text.encode()) for text in texts) == 18
-    assert (report.files, report.documents, report.words, report.line_ends) == (2, 2, 4, 2)
-    assert report.summary() == "2 files, 2 documents, 0.0 MB of text, 4 words"
+    counts = CorpusCounts()
+    texts = read(tmp_path, counts=counts)
+    assert counts.text_bytes == sum(len(text.encode()) for text in texts) == 18
+    assert (counts.files, counts.documents, counts.words, counts.line_ends) == (2, 2, 4, 2)
+    assert str(counts) == "2 files, 2 documents, 0.0 MB of text, 4 words"
 
 
 def test_undecodable_bytes_are_replaced_and_counted_and_empty_files_counted(tmp_path):
@@ -156,10 +158,10 @@ def test_undecodable_bytes_are_replaced_and_counted_and_empty_files_counted(tmp_
     write(tmp_path / "b.txt", b"")
     write(tmp_path / "c.txt", b" \n\t")
     write(tmp_path / "d.txt", b"\xef\xbb\xbfa byte order mark")
-    report = CorpusReport()
-    assert read(tmp_path, report=report) == ["caf\ufffd \ufffd!", "a byte order mark"]
-    assert (report.undecodable, report.empty, report.documents) == (1, 2, 2)
-    assert "2 empty" in report.summary() and "1 with undecodable bytes" in report.summary()
+    counts = CorpusCounts()
+    assert read(tmp_path, counts=counts) == ["caf\ufffd \ufffd!", "a byte order mark"]
+    assert (counts.undecodable, counts.empty, counts.documents) == (1, 2, 2)
+    assert "2 empty" in str(counts) and "1 with undecodable bytes" in str(counts)
 
 
 # --- tables --------------------------------------------------------------------------------------
@@ -168,20 +170,20 @@ def test_undecodable_bytes_are_replaced_and_counted_and_empty_files_counted(tmp_
 @pytest.mark.parametrize("suffix, pack", [("", bytes), (".gz", gzip.compress), (".zst", zstd)])
 def test_jsonl_and_text_are_read_through_compression(tmp_path, suffix, pack):
     rows = lines({"text": "eins", "n": 1}, {"text": ""}, {"text": None}, {"text": "zwei"}) + "\n"
-    report = CorpusReport()
+    counts = CorpusCounts()
     path = write(tmp_path / f"a.jsonl{suffix}", pack(rows.encode()))
-    assert read(path, report=report) == ["eins", "zwei"]
-    assert report.empty == 3
+    assert read(path, counts=counts) == ["eins", "zwei"]
+    assert counts.empty == 3
     assert read(write(tmp_path / f"a.txt{suffix}", pack(b"text"))) == ["text"]
     assert len(read(tmp_path)) == 3
 
 
 def test_jsonl_with_lone_surrogates_or_bad_bytes_gives_valid_unicode(tmp_path):
     raw = b'{"text": "a \\ud800 b"}\n{"text": "\\ud83d\\ude00"}\n{"text": "\xff"}\n'
-    report = CorpusReport()
-    texts = read(write(tmp_path / "a.jsonl", raw), report=report)
+    counts = CorpusCounts()
+    texts = read(write(tmp_path / "a.jsonl", raw), counts=counts)
     assert texts == ["a \ufffd b", "\N{GRINNING FACE}", "\ufffd"]
-    assert report.undecodable == 2
+    assert counts.undecodable == 2
 
 
 @pytest.mark.parametrize(
@@ -191,9 +193,9 @@ def test_parquet_row_groups_are_read_in_order(tmp_path, type_):
     texts = ["a", "b", None, "c", "d"]
     path = write_parquet(tmp_path / "a.parquet", texts, type_=type_)
     assert pq.ParquetFile(path).num_row_groups == 3
-    report = CorpusReport()
-    assert read(path, report=report) == ["a", "b", "c", "d"]
-    assert report.empty == 1
+    counts = CorpusCounts()
+    assert read(path, counts=counts) == ["a", "b", "c", "d"]
+    assert counts.empty == 1
 
 
 def test_another_text_key(tmp_path):
@@ -284,14 +286,14 @@ def test_broken_files_and_lines_are_left_out_on_request(tmp_path, capsys):
     write(tmp_path / "b.txt.gz", gzip.compress(os.urandom(5000))[:-99])
     write(tmp_path / "c.parquet", "not parquet")
     write(tmp_path / "d.txt", "whole")
-    report = CorpusReport()
-    assert read(tmp_path, skip_broken=True, report=report) == ["1", "2", "whole"]
-    assert report.n_broken == 4 and "a.jsonl, line 2: expected a JSON object" in report.broken[0]
-    assert [message.partition(":")[0].split("/")[-1] for message in report.broken] == [
+    counts = CorpusCounts()
+    assert read(tmp_path, skip_broken=True, counts=counts) == ["1", "2", "whole"]
+    assert counts.n_broken == 4 and "a.jsonl, line 2: expected a JSON object" in counts.broken[0]
+    assert [message.partition(":")[0].split("/")[-1] for message in counts.broken] == [
         "a.jsonl, line 2", "a.jsonl, line 4", "b.txt.gz", "c.parquet"
     ]  # fmt: skip
     assert capsys.readouterr().out.count("left out: ") == 4
-    assert "4 broken ones left out" in report.summary()
+    assert "4 broken inputs left out" in str(counts)
     write(tmp_path / "a.jsonl", lines({"body": "x"}))
     with pytest.raises(UserError, match=r"no 'text'"):  # not damage, but a flag to set
         read(tmp_path, skip_broken=True)
@@ -305,10 +307,10 @@ def test_a_file_that_cannot_be_read_is_left_out_alone(tmp_path, name):
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()  # reading it fails, for root as well
     with pytest.raises(BrokenInput, match=rf"/{name}: cannot be read \(Is a directory\); --skip"):
-        list(read_parts(parts, report=CorpusReport()))
-    report = CorpusReport()
-    assert [*read_parts(parts, skip_broken=True, report=report)] == [b"a.txt", b"c.txt"]
-    assert report.n_broken == 1
+        list(read_parts(parts, counts=CorpusCounts()))
+    counts = CorpusCounts()
+    assert [*read_parts(parts, skip_broken=True, counts=counts)] == [b"a.txt", b"c.txt"]
+    assert counts.n_broken == 1
 
 
 def test_pipes_and_links_to_nowhere_are_counted_and_never_opened(tmp_path):
@@ -317,9 +319,9 @@ def test_pipes_and_links_to_nowhere_are_counted_and_never_opened(tmp_path):
     for name, target in (("gone.txt", "nowhere"), ("one.txt", "two.txt"), ("two.txt", "one.txt")):
         (tmp_path / name).symlink_to(target)
     for source in (tmp_path, tmp_path / "*"):
-        report = CorpusReport()
-        assert read(source, report=report) == ["text"]
-        assert report.other_files == {".txt": 4}
+        counts = CorpusCounts()
+        assert read(source, counts=counts) == ["text"]
+        assert counts.other_files == {".txt": 4}
     with pytest.raises(UserError, match=r"pipe.txt is a pipe or a device: expected a file"):
         read(tmp_path / "pipe.txt")
 
@@ -337,9 +339,9 @@ def test_a_folder_that_cannot_be_listed_is_broken(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", closed)
     with pytest.raises(BrokenInput, match=r"closed/: cannot be read \(Permission denied\)"):
         read(tmp_path)
-    report = CorpusReport()
-    assert read(tmp_path, skip_broken=True, report=report) == ["text"]
-    assert report.n_broken == 1
+    counts = CorpusCounts()
+    assert read(tmp_path, skip_broken=True, counts=counts) == ["text"]
+    assert counts.n_broken == 1
 
 
 def test_a_long_line_of_json_gives_what_a_short_one_gives(tmp_path, monkeypatch):
@@ -360,14 +362,14 @@ def test_a_long_line_of_json_gives_what_a_short_one_gives(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("words_bytes", [1, 2, 7])
 def test_a_long_text_is_looked_at_in_pieces(tmp_path, monkeypatch, words_bytes):
-    monkeypatch.setattr(corpus, "WORDS_BYTES", words_bytes)
+    monkeypatch.setattr(words, "BLOCK_BYTES", words_bytes)
     contents = {"a": "€🙂 text", "b": " \u3000\n" * 9, "c": b"\xe2\x82 cut \xf0\x9f", "d": "ab"}
     for name, content in contents.items():
         write(tmp_path / f"{name}.txt", content)
-    report = CorpusReport()
-    found = read(tmp_path, min_length=3, report=report)
+    counts = CorpusCounts()
+    found = read(tmp_path, min_length=3, counts=counts)
     assert found == ["€🙂 text", "\ufffd\ufffd cut \ufffd\ufffd"]
-    assert (report.empty, report.undecodable, report.short, report.words) == (1, 1, 1, 5)
+    assert (counts.empty, counts.undecodable, counts.short, counts.words) == (1, 1, 1, 5)
 
 
 @pytest.mark.parametrize("change", ["longer", "other", "gone"])
@@ -389,7 +391,7 @@ def test_a_file_that_changes_under_it_is_named(tmp_path, name, change):
         path.unlink()
     what = "it is gone" if change == "gone" else "it has [0-9,]+ bytes now"
     with pytest.raises(UserError, match=rf"{name} has changed since .* \({what}\)"):
-        list(read_parts(parts, report=CorpusReport()))
+        list(read_parts(parts, counts=CorpusCounts()))
     if name == "b.txt":  # listed with a.txt
         with pytest.raises(UserError, match=rf"{name} has changed"):
             list(texts)
@@ -407,10 +409,10 @@ def test_a_file_that_grows_while_it_is_read_is_named(tmp_path):
 
 def test_short_documents_are_left_out_and_counted(tmp_path):
     path = write(tmp_path / "a.txt", "ä\nää\näää\n\nab\n")
-    report = CorpusReport()
-    assert read(path, line_by_line=True, min_length=2, report=report) == ["ää", "äää", "ab"]
-    assert (report.documents, report.short, report.empty) == (3, 1, 1)
-    assert "1 short ones left out" in report.summary()
+    counts = CorpusCounts()
+    assert read(path, line_by_line=True, min_length=2, counts=counts) == ["ää", "äää", "ab"]
+    assert (counts.documents, counts.short, counts.empty) == (3, 1, 1)
+    assert "1 short documents left out" in str(counts)
 
 
 # --- words ---------------------------------------------------------------------------------------
@@ -418,7 +420,7 @@ def test_short_documents_are_left_out_and_counted(tmp_path):
 
 @pytest.mark.parametrize("words_bytes", [1 << 20, 300, 7])
 def test_words_are_what_split_finds(monkeypatch, words_bytes):
-    monkeypatch.setattr(corpus, "WORDS_BYTES", words_bytes)
+    monkeypatch.setattr(words, "BLOCK_BYTES", words_bytes)
     spaces = [chr(i) for i in range(0x110000) if chr(i).isspace()]
     near = [chr(ord(s) + i) for s in spaces for i in (-1, 1) if ord(s)]
     alphabet = [*spaces * 3, *near, *"abcdefgh" * 5, "é", "漢", "😀", "\u00a1", "\u2010", "\u3001"]
@@ -434,17 +436,17 @@ def test_words_are_what_split_finds(monkeypatch, words_bytes):
 
 
 def test_words_of_many_documents_are_counted_once_each(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "WORDS_BYTES", 50)
+    monkeypatch.setattr(words, "BLOCK_BYTES", 50)
     texts = [f"{i} words\u2003here\u00a0" * (i % 9) + "end" for i in range(200)]
     path = write(tmp_path / "a.jsonl", lines(*({"text": text} for text in texts)))
-    report = CorpusReport()
-    for n, _ in enumerate(documents(str(path), report=report), start=1):
+    counts = CorpusCounts()
+    for n, _ in enumerate(documents(str(path), counts=counts), start=1):
         if n % 7 == 0:
-            assert report.words == sum(len(text.split()) for text in texts[:n])
-    total = CorpusReport()
-    total.add(asdict(report))
-    assert total.words == report.words == sum(len(text.split()) for text in texts)
-    assert total == report
+            assert counts.words == sum(len(text.split()) for text in texts[:n])
+    total = CorpusCounts()
+    total.add(asdict(counts))
+    assert total.words == counts.words == sum(len(text.split()) for text in texts)
+    assert total == counts
 
 
 # --- parts, description, cap ---------------------------------------------------------------------
@@ -466,23 +468,22 @@ def test_parts_name_what_can_be_read_on_its_own(folder):
 
 def read_by_parts(source, **options):
     """The documents of each part, read in an order and in readers of their own."""
-    listing = {name: options[name] for name in ("line_by_line",) if name in options}
-    parts = list(list_parts([str(source)], **listing))
-    report = CorpusReport()
+    parts = list(list_parts([str(source)], Reading(**options)))
+    counts = CorpusCounts()
     texts = {
-        i: [raw.decode() for raw in read_parts([parts[i]], report=report, **options)]
+        i: [raw.decode() for raw in read_parts([parts[i]], counts=counts, **options)]
         for i in range(len(parts))[::-1]
     }
-    return [texts[i] for i in range(len(parts))], report
+    return [texts[i] for i in range(len(parts))], counts
 
 
 def test_a_run_of_files_ends_by_number_and_by_bytes(tmp_path, monkeypatch):
     for i in range(25):
         write(tmp_path / f"{i:02}.txt", "x" * (i + 1))
-    monkeypatch.setattr(corpus, "RUN_FILES", 10)
-    texts, report = read_by_parts(tmp_path)
-    assert [len(part) for part in texts] == [10, 10, 5] and report.files == 25
-    monkeypatch.setattr(corpus, "RUN_BYTES", 30)
+    monkeypatch.setattr(listing, "RUN_FILES", 10)
+    texts, counts = read_by_parts(tmp_path)
+    assert [len(part) for part in texts] == [10, 10, 5] and counts.files == 25
+    monkeypatch.setattr(listing, "RUN_BYTES", 30)
     texts, _ = read_by_parts(tmp_path)
     assert [len(part) for part in texts][:4] == [7, 3, 2, 2]
     assert [text for part in texts for text in part] == read(tmp_path)
@@ -493,7 +494,7 @@ def test_a_run_of_files_ends_by_number_and_by_bytes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("piece_bytes", [1, 40, 64, 100, 50_000])
 def test_large_tables_and_texts_of_lines_are_read_in_pieces(tmp_path, monkeypatch, piece_bytes):
-    monkeypatch.setattr(corpus, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(listing, "PIECE_BYTES", piece_bytes)
     texts = [f"row {i} " + "ü" * (i * 7 % 50) for i in range(40)]
     sources = {
         write(tmp_path / "a.jsonl", "\ufeff" + lines(*({"text": text} for text in texts))): {},
@@ -501,15 +502,15 @@ def test_large_tables_and_texts_of_lines_are_read_in_pieces(tmp_path, monkeypatc
         write_parquet(tmp_path / "a.parquet", texts): {},
     }
     for path, options in sources.items():
-        found, report = read_by_parts(path, **options)
+        found, counts = read_by_parts(path, **options)
         assert [text for part in found for text in part] == texts == read(path, **options)
         assert (len(found) > 1) == (piece_bytes <= path.stat().st_size)
-        assert report.files == 1
+        assert counts.files == 1
         assert read(path, write(tmp_path / "b", "b"), n_files=1, **options) == texts
 
 
 def test_a_broken_line_in_a_piece_is_found_by_its_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE_BYTES", 30)
+    monkeypatch.setattr(listing, "PIECE_BYTES", 30)
     rows = lines(*({"text": f"row {i}"} for i in range(5)))
     path = write(tmp_path / "a.jsonl", rows + "{broken\n" + rows)
     with pytest.raises(UserError, match=rf"a.jsonl, byte {len(rows)}: expected a JSON object"):
@@ -517,25 +518,25 @@ def test_a_broken_line_in_a_piece_is_found_by_its_byte(tmp_path, monkeypatch):
 
 
 def test_the_description_of_parts_is_that_of_their_sources(folder, monkeypatch):
-    monkeypatch.setattr(corpus, "RUN_FILES", 2)
+    monkeypatch.setattr(listing, "RUN_FILES", 2)
     sources = [str(folder), "docs:valid"]
-    monkeypatch.setattr(corpus, "package_versions", lambda: {"package": "1"})
+    monkeypatch.setattr(listing, "package_versions", lambda: {"package": "1"})
     for n_files in (None, 1, 3, 100):
         parts = list(list_parts(sources))
-        assert describe_parts(parts, n_files) == describe_sources(sources, n_files=n_files)
-    assert describe_sources(sources, n_files=3)[0]["files"] == 3
-    assert describe_sources(sources, n_files=3)[0]["bytes"] == 12
+        assert identify_parts(parts, n_files) == identify_sources(sources, n_files=n_files)
+    assert identify_sources(sources, n_files=3)[0]["files"] == 3
+    assert identify_sources(sources, n_files=3)[0]["bytes"] == 12
 
 
 def test_the_description_changes_with_the_files_and_only_with_them(folder):
-    first = describe_sources(str(folder / "a"))
-    assert first == describe_sources([str(folder / "a")])
+    first = identify_sources(str(folder / "a"))
+    assert first == identify_sources([str(folder / "a")])
     assert first[0]["files"] == 2 and first[0]["bytes"] == 13
     json.dumps(first)
     os.utime(folder / "a" / "z.txt", ns=(0, 0))
-    assert describe_sources(str(folder / "a")) != first
-    assert len(describe_sources([str(folder / "a"), "docs:"], n_files=2)) == 1
-    assert describe_sources("docs:")[0]["packages"].keys() <= set(docstrings.PACKAGES)
+    assert identify_sources(str(folder / "a")) != first
+    assert len(identify_sources([str(folder / "a"), "docs:"], n_files=2)) == 1
+    assert identify_sources("docs:")[0]["packages"].keys() <= set(docstrings.PACKAGES)
 
 
 def test_first_bytes_cuts_at_a_character():
@@ -635,12 +636,12 @@ def test_docs_of_a_real_package(monkeypatch):
 
 
 def test_words_of_a_long_text_are_a_number_that_json_knows():
-    text = "two words " * (corpus.WORDS_BYTES // 4)
-    n_words = corpus.count_words(text.encode())
+    text = "two words " * (words.BLOCK_BYTES // 4)
+    n_words = count_words(text.encode())
     assert json.loads(json.dumps(n_words)) == len(text.split())
 
 
 def test_a_text_is_blank_as_a_string_would_be():
     spaces = [c for c in map(chr, range(0x110000)) if c.isspace()]
     for text in [*spaces, "".join(spaces), *(s + "x" for s in spaces), "é", "\u200b", " \ufeff"]:
-        assert corpus._is_blank(text.encode()) == text.isspace(), repr(text)
+        assert words.is_blank(text.encode()) == text.isspace(), repr(text)

@@ -1,4 +1,4 @@
-"""Damage to a run's folder: a part of the faults that benchmarks/fault_corruption.py injects."""
+"""Damage to a run's folder: a part of the faults that benchmarks/faults.py injects."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 
 import train_pt
 from algpt2.errors import UserError
-from benchmarks import fault_corruption as faults
+from benchmarks.fault_families import corruption as faults
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,11 @@ from algpt2.configuration_algpt2 import ALGPT2Config
 from algpt2.dry_run import GIB, Compiled, DryRun, TooLarge, parse_slice, read_answer
 from algpt2.dry_run_tf import StepProgram
 from algpt2.errors import UserError
-from algpt2.modeling_tf_algpt2 import LOSS_ROWS
+from algpt2.kernels_tf_algpt2 import LOSS_ROWS
+from algpt2.optimizers_tf import build_optimizer
 from algpt2.options import ModelOptions, OptimOptions, TFTrainOptions
-from algpt2.training_tf import build_model, build_optimizer, build_step, step_seed
+from algpt2.start import Start
+from algpt2.trainer_tf import build_model, build_step, step_seed
 
 CORES_OF_A_CHIP = {"v2": 2, "v3": 2}  # of those that run a replica
 
@@ -279,7 +281,7 @@ def test_the_program_is_the_training_step(options, grad_steps):
     rows = np.random.default_rng(0).integers(0, 300, (grad_steps, 4, 17)).astype(np.int32)
     arguments = [tf.constant(x) for x in (rows, np.float32(1), step_seed(1, 0), True)]
     program = StepProgram(replace(options, optim=optim), 16, 1)
-    model = build_model(options.model, None, 16)
+    model = build_model(Start.find(options.model))
     step = tf.function(build_step(model, build_optimizer(model, optim, 1e-3), optim))
     before = model.transformer.wte.weight.numpy()
     for _ in range(2):

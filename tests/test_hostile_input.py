@@ -9,21 +9,23 @@ import resource
 import shutil
 import struct
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import train_pt
-from algpt2 import memory, training_pt
+from algpt2 import memory, trainer_pt
 from algpt2.checkpoints import STATE_FILE
-from algpt2.corpus import documents
+from algpt2.documents import documents
 from algpt2.errors import UserError
 from algpt2.files import write_record
 from algpt2.options import ModelOptions, PackOptions, TrainOptions, parse
+from algpt2.start import Start
 from algpt2.tfrecords import read_manifest
 from algpt2.tokenization_algpt2 import load_tokenizer
-from benchmarks import fault_fuzz
-from benchmarks.fault_corruption import flags, make_data
+from benchmarks.fault_families import fuzz
+from benchmarks.fault_families.corruption import flags, make_data
 
 ROOT = Path(train_pt.__file__).parent
 
@@ -50,7 +52,7 @@ def peak_bytes():
 
 
 def test_mutated_input_is_read_or_refused():
-    rows = fault_fuzz.run(short=True, seed=1)
+    rows = fuzz.run(short=True, seed=1)
     assert sum(row["injected"] for row in rows) > 500
     assert not [row for row in rows if row["lost"]]
 
@@ -59,13 +61,13 @@ def test_the_harness_sees_another_exception(monkeypatch, tmp_path):
     def broken(self, draw):
         return lambda: {}["key"]
 
-    monkeypatch.setattr(fault_fuzz.Fuzzer, "manifest", broken)
-    (row, _) = fault_fuzz.run(short=True, families=["manifest"])
+    monkeypatch.setattr(fuzz.Fuzzer, "manifest", broken)
+    (row, _) = fuzz.run(short=True, readers=["manifest"])
     assert row["lost"] == row["injected"] and "KeyError" in row["note"]
 
 
 def test_there_are_twenty_thousand_inputs():
-    assert sum(fault_fuzz.Fuzzer.counts.values()) >= 20_000
+    assert sum(fuzz.Fuzzer.counts.values()) >= 20_000
 
 
 # --- pickles -------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ def test_a_pickle_in_a_checkpoint_never_runs(run, tmp_path, with_zip):
     options = ModelOptions(checkpoint=str(folder))
     tokenizer = load_tokenizer(str(run / "tokenizer"))
     with pytest.raises(UserError, match="cannot load a causal language model"):
-        training_pt.build_model(options, tokenizer, 16)
+        trainer_pt.build_model(replace(Start.find(options), tokenizer=tokenizer, seq_len=16))
     assert not fired.exists()
     pickle.loads(pickle.dumps(Bomb(fired)))
     assert fired.exists()  # it would have

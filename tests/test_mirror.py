@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from helpers import as_flags
 
 import export_gpt2
 import train_pt
@@ -11,6 +12,7 @@ import train_tf
 from algpt2 import mirror
 from algpt2.checkpoints import STATE_FILE, Checkpoint, newest_checkpoint
 from algpt2.errors import EXIT_STOPPED, UserError
+from algpt2.options import PackOptions
 from algpt2.packing import pack
 from algpt2.remote import RemoteError, RemotePath, local_folder
 from algpt2.tokenization_algpt2 import load_tokenizer
@@ -24,7 +26,8 @@ def packed(corpus, tokenizer_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     for split in ("train", "valid"):
         tokenizer = load_tokenizer(str(tokenizer_folder))
-        pack(str(corpus / split), tokenizer, folder / split, seq_len=16, workers=1)
+        paths = (str(corpus / split),), str(folder / split)
+        pack(PackOptions(*paths, seq_len=16, workers=1), tokenizer)
     return folder
 
 
@@ -38,7 +41,7 @@ def flags(packed, tokenizer_folder, config_folder):
             "train_path": packed / "train", "val_path": packed / "valid", "n_eval_rows": 4,
             "max_steps": 4, "eval_steps": 2, "logging_steps": 1, "lr": 1e-2, "device": "cpu",
         } | changes  # fmt: skip
-        return [f"--{name}={value}" for name, value in options.items() if value is not None]
+        return as_flags(options)
 
     return make
 

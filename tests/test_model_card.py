@@ -10,10 +10,12 @@ import sys
 import huggingface_hub
 import pytest
 import yaml
+from helpers import as_flags
 
 import train_pt
-from algpt2 import evaluation_sets, model_card
+from algpt2 import model_card, results
 from algpt2.checkpoints import newest_checkpoint, read_checkpoint
+from algpt2.console import markdown_table
 from algpt2.errors import UserError
 from algpt2.options import ReportOptions
 
@@ -35,7 +37,7 @@ def module_run(corpus, tokenizer_folder, config_folder, tmp_path_factory):
         "train_path": corpus / "train", "val_path": corpus / "valid", "seq_len": 16,
         "max_steps": 2, "eval_steps": 1, "device": "cpu",
     }  # fmt: skip
-    flags = [f"--{name}={value}" for name, value in options.items()]
+    flags = as_flags(options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALGPT2_CACHE", str(tmp_path_factory.mktemp("cache")))
         train_pt.main(flags)
@@ -73,8 +75,8 @@ def test_pipes_are_not_waited_for(run, tmp_path, no_waiting):
     os.mkfifo(evaluation)
     model_card.write_card(folder, save_dir, 2)
     assert card.is_file()
-    with pytest.raises(UserError, match=r"evaluation.json is no file: move it away"):
-        evaluation_sets.ResultFiles(save_dir)
+    with pytest.raises(UserError, match=r"evaluation.json is not a file: move it away"):
+        results.ResultFiles(save_dir)
 
 
 ELSEWHERE = """
@@ -147,7 +149,7 @@ def test_the_card_says_what_run_json_and_the_metrics_say(run):
         assert f"| steps | {step} of 2 |" in body
         assert f"| valid, step {step} | loss | {lines[step - 1]['val_loss']:.4f} |" in body
         written = (run / f"checkpoint-{step:08}" / "README.md").read_text()
-        model_card.update_card(run / f"checkpoint-{step:08}")
+        model_card.publish_evaluation(run / f"checkpoint-{step:08}", ReportOptions())
         assert (run / f"checkpoint-{step:08}" / "README.md").read_text() == written
         assert str(run.parent) not in body  # cards are public, folders of this machine are not
 
@@ -169,7 +171,7 @@ def test_an_evaluation_gets_into_the_card_and_damages_nothing(run, monkeypatch):
     assert after == f"{before}| {' | '.join(cells)} |\n"
     short = EVALUATION | {"n_eval_examples": 200, "stride": 8, "precision": "bfloat16"}
     path.write_text(json.dumps({"evaluations": [EVALUATION, short]}))
-    texts = [row[0] for row in model_card.evaluation_measures(path, folder.name)]
+    texts = [row[0] for row in results.checkpoint_rows(run, folder.name)]
     assert texts == [text, "ptb.test, first 200, as it is, context 32, stride 8, bfloat16"]
     path.unlink()
     read_checkpoint(folder)
@@ -179,9 +181,11 @@ def test_an_evaluation_gets_into_the_card_and_damages_nothing(run, monkeypatch):
 def test_a_card_that_a_person_wrote_stays(run, tmp_path):
     card = run / "checkpoint-00000001" / "README.md"
     card.write_text("mine")
-    model_card.update_card(card.parent)
+    model_card.publish_evaluation(card.parent, ReportOptions())
     assert card.read_text() == "mine"
-    model_card.update_card(tmp_path)  # no checkpoint of a run: nothing to write
+    model_card.publish_evaluation(
+        tmp_path, ReportOptions()
+    )  # no checkpoint of a run: nothing to write
     assert list(tmp_path.iterdir()) == []
 
 
@@ -247,4 +251,4 @@ def test_only_an_algpt2_takes_the_code_along(tmp_path):
 
 
 def test_a_table_cell_with_a_bar_stays_one_cell():
-    assert model_card.markdown_table(["a"], [["b|c"]]) == "| a |\n| --- |\n| b\\|c |"
+    assert markdown_table([["a"], ["b|c"]]) == "| a |\n| --- |\n| b\\|c |"

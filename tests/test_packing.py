@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from algpt2 import corpus, packing, token_store
-from algpt2.corpus import BrokenInput, ChangedInput, hash_fraction
+from algpt2 import listing, packing, token_store
 from algpt2.detokenizers import wikitext
+from algpt2.docstrings import hash_fraction
 from algpt2.errors import UserError
-from algpt2.packing import WORK_FOLDER, pack
+from algpt2.options import PackOptions
+from algpt2.packing import WORK_FOLDER
+from algpt2.parts import BrokenInput, ChangedInput
 from algpt2.tfrecords import MANIFEST_FILE, open_rows, read_manifest
 from algpt2.token_store import Segments, StreamRows, TokenStore, encode_documents
 from algpt2.tokenization_algpt2 import load_tokenizer
@@ -43,6 +45,11 @@ class CharacterTokenizer:
 
 
 TOKENIZER = CharacterTokenizer()
+
+
+def pack(text, tokenizer, folder, **options):
+    """packing.pack on a single path."""
+    return packing.pack(PackOptions((text,), str(folder), **options), tokenizer)
 
 
 def write_texts(folder, *texts):
@@ -74,23 +81,10 @@ def contents(folder):
 # --- the arithmetic ------------------------------------------------------------------------------
 
 
-def blocks(texts, start_id=EOT):
-    pairs = ((text, None) for text in texts)
-    found = encode_documents(pairs, TOKENIZER.encode_batch, start_id, np.uint16)
-    return [block.tolist() for block, _ in found]
-
-
-def test_each_document_starts_with_the_code():
-    assert blocks(["ab", "c"]) == [[EOT, 1, 2, EOT, 3]]
-    assert blocks(["ab", "c"], None) == [[1, 2, 3]]
-
-
-def test_the_stream_does_not_depend_on_the_batches(monkeypatch):
-    texts = ["abc", "d", "efgh", "ij"] * 5
-    (whole,) = blocks(texts)
-    monkeypatch.setattr(token_store, "BATCH_BYTES", 4)
-    assert len(blocks(texts)) > 5
-    assert [token for block in blocks(texts) for token in block] == whole
+@pytest.mark.parametrize("start_id, stream", [(EOT, [EOT, 1, 2, EOT, 3]), (None, [1, 2, 3])])
+def test_each_document_starts_with_the_code(start_id, stream):
+    block, lengths = encode_documents(["ab", "c"], TOKENIZER.encode_batch, start_id, np.uint16)
+    assert block.tolist() == stream and sum(lengths) == len(stream)
 
 
 def store(folder, *task_tokens):
@@ -204,7 +198,7 @@ def test_n_examples_stops_reading_and_counts_what_was_read(tmp_path, monkeypatch
 def test_progress_knows_about_how_much_there_is(tmp_path, monkeypatch, n_examples, totals):
     text, seen = write_texts(tmp_path / "text", *["abcdefgh"] * 4), []
     monkeypatch.setattr(token_store, "TASK_FILES", 1)
-    monkeypatch.setattr(corpus, "RUN_FILES", 1)
+    monkeypatch.setattr(listing, "RUN_FILES", 1)
     update = packing.Progress.update
     monkeypatch.setattr(
         packing.Progress, "update", lambda self, *a: update(self, *a) or seen.append(self.total)
@@ -344,26 +338,26 @@ def test_interrupted_and_started_again_gives_the_same_bytes(tmp_path, text, monk
 
 
 KILLED = """
-import os, signal, sys
-sys.path[:0] = {paths}
+import os, signal
 from algpt2 import packing
-from tests.test_packing import TOKENIZER
+from test_packing import TOKENIZER, pack
 real = packing.write_shard
 def write_shard(path, rows):
     if path.name == "1.tfrecord":
         os.kill(os.getpid(), signal.SIGKILL)
     return real(path, rows)
 packing.write_shard = write_shard
-packing.pack({text!r}, TOKENIZER, {out!r}, seq_len=2, files_per_tfrecord=1, workers=1)
+pack({text!r}, TOKENIZER, {out!r}, seq_len=2, files_per_tfrecord=1, workers=1)
 """
 
 
 def test_killed_and_started_again_gives_the_same_bytes(tmp_path, text):
     options = {"seq_len": 2, "files_per_tfrecord": 1, "workers": 1}
     pack(text, TOKENIZER, tmp_path / "whole", **options)
-    root = str(Path(packing.__file__).parent.parent)
-    code = KILLED.format(paths=[root], text=text, out=str(tmp_path / "out"))
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    code = KILLED.format(text=text, out=str(tmp_path / "out"))
+    paths = f"{Path(packing.__file__).parent.parent}:{Path(__file__).parent}"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False,
+                             env=os.environ | {"PYTHONPATH": paths})  # fmt: skip
     assert process.returncode == -signal.SIGKILL, process.stderr
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert left == [".packing", "0.tfrecord"]
@@ -491,7 +485,7 @@ def many(tmp_path_factory):
 def small_tasks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_store, "TASK_FILES", 7)
-        patch.setattr(corpus, "RUN_FILES", 7)
+        patch.setattr(listing, "RUN_FILES", 7)
         yield
 
 
@@ -510,6 +504,24 @@ def test_the_bytes_do_not_depend_on_the_workers(tmp_path, many, small_tasks, opt
     assert all_contents(tmp_path / "1") == all_contents(tmp_path / "2")
     n_files = len(all_contents(tmp_path / "1"))
     assert n_files == (8 if "dedup" in options else 5)
+
+
+@pytest.mark.parametrize("options", [{"seq_len": 5, "n_shards": 4}, OPTIONS])
+def test_the_bytes_do_not_depend_on_the_batches(tmp_path, many, monkeypatch, options):
+    pack(many, TOKENIZER, tmp_path / "whole", workers=1, **options)
+    monkeypatch.setattr(token_store, "BATCH_BYTES", 100)
+    pack(many, TOKENIZER, tmp_path / "out", workers=1, **options)
+    assert all_contents(tmp_path / "out") == all_contents(tmp_path / "whole")
+
+
+def test_members_that_are_not_text_are_counted(tmp_path, capsys):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("a.txt", "b.png", "c.png", "d.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 12
+            tar.addfile(info, io.BytesIO(b"abcdefghijkl"))
+    assert pack(str(tmp_path / "a.tar"), TOKENIZER, tmp_path / "out", seq_len=5).documents == 2
+    assert "2 other files not read (.png: 2)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("n_files", [None, 10])

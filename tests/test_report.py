@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from algpt2 import console, report
+from algpt2 import console, report, run
 from algpt2.console import Progress
 from algpt2.errors import UserError
 from algpt2.options import ReportOptions
-from algpt2.report import RunReport, open_run
+from algpt2.report import RunReport
+from algpt2.run import open_run
 from algpt2.tracker import run_name
 
 RUN = {
@@ -202,7 +203,7 @@ def test_overwrite_removes_what_a_run_wrote_and_a_kill_may_fall_in_it(tmp_path, 
         (tmp_path / name / "file").write_text("")
     for name in (".lock", "metrics.jsonl", "samples.jsonl", "thesis.tex", "checkpoint-best"):
         (tmp_path / name).write_text("")
-    remove, removed = report.remove, []
+    remove, removed = run.remove, []
 
     def killed(path):
         if len(removed) == 2:
@@ -211,7 +212,7 @@ def test_overwrite_removes_what_a_run_wrote_and_a_kill_may_fall_in_it(tmp_path, 
 
     other = RUN | {"options": {"lr": 2}, "wandb_id": "new"}
     with monkeypatch.context() as patch:
-        patch.setattr(report, "remove", killed)
+        patch.setattr(run, "remove", killed)
         with pytest.raises(KeyboardInterrupt):
             open_run(tmp_path, other, overwrite=True)
     assert open_run(tmp_path, other, overwrite=True)["wandb_id"] == "new"
@@ -223,7 +224,7 @@ def test_overwrite_removes_what_a_run_wrote_and_a_kill_may_fall_in_it(tmp_path, 
 @pytest.mark.parametrize("text", ["", "null", "[1]", "{}", '{"options": 1}', "[" * 100_000])
 def test_a_damaged_run_json_is_a_user_error(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(report.UserError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         open_run(tmp_path, RUN, overwrite=False)
 
 
@@ -239,7 +240,7 @@ def test_processes_other_than_0_write_nothing(tmp_path, monkeypatch, capsys):
 
 def test_progress_in_a_log_is_plain_lines_with_speed_and_time_left(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     with Progress("train", total=100, unit="step", initial=10) as progress:
         for _ in range(30):
             now[0] += 1

@@ -1,6 +1,7 @@
 """Rules that hold for every script and module: quick help, separate frameworks, no surprises."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,9 @@ HEAVY = (
 
 def python(code, cwd=ROOT):
     process = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
     assert process.returncode == 0, process.stderr
     return process.stdout
 
@@ -35,7 +37,6 @@ def test_help_imports_no_framework_and_runs_from_anywhere(script, tmp_path):
     code = f"""
 import runpy, sys
 sys.argv = ["{script}", "--help"]
-sys.path.insert(0, "{ROOT}")
 try:
     runpy.run_path("{ROOT / script}", run_name="__main__")
 except SystemExit as stop:
@@ -51,8 +52,8 @@ print("heavy:", [name for name in {HEAVY} if name in sys.modules])
 def test_a_module_imports_the_frameworks_of_its_name_only(module):
     code = f"import sys, algpt2.{module}; print([*{{'torch', 'tensorflow'}} & sys.modules.keys()])"
     imported = ast.literal_eval(python(code).splitlines()[-1])
-    is_torch = module.endswith("_pt") or module == "modeling_algpt2"
-    is_tensorflow = module.endswith("_tf") or module in ("modeling_tf_algpt2", "tpu")
+    is_torch = module.endswith("_pt") or module in ("kernels_algpt2", "modeling_algpt2")
+    is_tensorflow = module.endswith("_tf") or "_tf_" in module
     # transformers' configuration classes import torch where it is installed.
     allowed = ["torch"] * (is_torch or module == "configuration_algpt2") + [
         "tensorflow"
@@ -73,3 +74,14 @@ def test_tensorflow_says_nothing_before_the_scripts_do(script, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_the_two_trainers_have_the_same_names_in_the_same_order():
+    columns = []
+    for framework in ("pt", "tf"):
+        tree = ast.parse((ROOT / f"algpt2/trainer_{framework}.py").read_text())
+        columns.append([node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)])
+    pt, tf = columns
+    shared = {*pt} & {*tf}
+    assert [name for name in pt if name in shared] == [name for name in tf if name in shared]
+    assert {"build_model", "mean_loss", "evaluate", "train_step", "state_tensors"} <= shared

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,29 +17,20 @@ import torch
 
 import train_pt
 import train_tf
-from algpt2 import loop, script, training_pt, training_tf
+from algpt2 import loop, processes_tf, script, trainer_pt
 from algpt2.errors import EXIT_STOPPED
-from algpt2.loop import StopRequest, check_cut
+from algpt2.loop import StopRequest, Trainer
+from algpt2.processes_pt import Processes
 
 ROOT = Path(train_pt.__file__).parent
-SCRIPTS = {"pt": (train_pt, training_pt), "tf": (train_tf, training_tf)}
+SCRIPTS = {"pt": train_pt, "tf": train_tf}
 TIMES = {"elapsed_s", "tokens_per_s", "input_wait"}
 
 
 @pytest.fixture
-def flags(corpus, tokenizer_folder, config_folder, tmp_path):
+def flags(flags):
     """A run of six steps, evaluated and sampled at steps 3 and 6."""
-
-    def make(save_dir, **changes):
-        options = {
-            "config": config_folder, "tokenizer": tokenizer_folder, "save_dir": tmp_path / save_dir,
-            "train_path": corpus / "train", "val_path": corpus / "valid", "seq_len": 16,
-            "max_steps": 6, "eval_steps": 3, "logging_steps": 2, "lr": 1e-2, "device": "cpu",
-            "sample_steps": 3, "max_length": 8, "keep_last": 1,
-        } | changes  # fmt: skip
-        return [f"--{name}={value}" for name, value in options.items()]
-
-    return make
+    return partial(flags, logging_steps=2, sample_steps=3, max_length=8, keep_last=1)
 
 
 def lines(path):
@@ -68,7 +60,7 @@ def stop_at(monkeypatch, owner, name, call):
 
 @pytest.mark.parametrize("framework", SCRIPTS)
 def test_what_a_stop_cuts_is_done_at_the_next_start(framework, flags, tmp_path, monkeypatch):
-    script, module = SCRIPTS[framework]
+    script = SCRIPTS[framework]
     assert script.main(flags("straight")) is None
     run = tmp_path / "cut"
 
@@ -80,14 +72,14 @@ def test_what_a_stop_cuts_is_done_at_the_next_start(framework, flags, tmp_path, 
         return code, [line["step"] for line in lines(run / "metrics.jsonl")]
 
     # In an evaluation; again, as it is done again; in a sample; as the checkpoint is mended.
-    assert start(module, "check_stop", 2) == (EXIT_STOPPED, [2])
+    assert start(Trainer, "check_stop", 2) == (EXIT_STOPPED, [2])
     if framework == "pt":  # each start in TensorFlow compiles
-        assert start(module, "check_stop", 1) == (EXIT_STOPPED, [2])
+        assert start(Trainer, "check_stop", 1) == (EXIT_STOPPED, [2])
     assert start(StopRequest, "check", 3) == (EXIT_STOPPED, [2])
     (folder,) = run.glob("checkpoint-*")
     assert json.loads((folder / "training_state.json").read_text())["cut"]["step"] == 3
     if framework == "pt":
-        assert start(module, "save_state", 1) == (EXIT_STOPPED, [2, 3, 4])
+        assert start(Trainer, "save", 1) == (EXIT_STOPPED, [2, 3, 4])
     assert start() == (None, [2, 3, 4, 6])
     assert content(run) == content(tmp_path / "straight")
 
@@ -95,7 +87,7 @@ def test_what_a_stop_cuts_is_done_at_the_next_start(framework, flags, tmp_path, 
 def test_a_kill_behind_the_line_of_a_cut_step_leaves_it_once(flags, tmp_path, monkeypatch, capsys):
     train_pt.main(flags("straight"))
     with monkeypatch.context() as patch:
-        stop_at(patch, training_pt, "check_stop", 12)  # of step 6, the last
+        stop_at(patch, Trainer, "check_stop", 12)  # of step 6, the last
         assert train_pt.main(flags("cut", eval_steps=6)) == EXIT_STOPPED
     (folder,) = (tmp_path / "cut").glob("checkpoint-*")
     assert "bits per byte" not in (folder / "README.md").read_text()
@@ -104,7 +96,7 @@ def test_a_kill_behind_the_line_of_a_cut_step_leaves_it_once(flags, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_pt, "save_state", kill)
+        patch.setattr(Trainer, "save", kill)
         with pytest.raises(KeyboardInterrupt):
             train_pt.main(flags("cut"))
     assert [line["step"] for line in lines(tmp_path / "cut" / "metrics.jsonl")] == [2, 4, 6]
@@ -122,13 +114,13 @@ def test_a_kill_behind_the_line_of_a_cut_step_leaves_it_once(flags, tmp_path, mo
 @pytest.mark.parametrize("n_rows", [1, 5, 9, 12])
 def test_all_processes_ask_equally_often(n_rows, monkeypatch):
     """Each asks the others: one time more or less and they wait for ever."""
-    monkeypatch.setattr(training_pt, "mean_loss", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(trainer_pt, "mean_loss", lambda *_: torch.zeros(()))
     counts = []
     for rank in range(4):
-        processes = training_pt.Processes(rank, 4, torch.device("cpu"), torch.float32)
-        monkeypatch.setattr(training_pt.Processes, "mean", lambda self, value: value)
+        processes = Processes(rank, 4, torch.device("cpu"), torch.float32)
+        monkeypatch.setattr(Processes, "mean", lambda self, value: value)
         asked = []
-        training_pt.evaluate(
+        trainer_pt.evaluate(
             torch.nn.Identity(), np.zeros((n_rows, 3), int), processes, batch_size=8,
             check=lambda asked=asked: asked.append(None),
         )  # fmt: skip
@@ -143,21 +135,13 @@ def test_process_0_alone_stops_all():
     for work, others in ((leave, False), (lambda: None, True)):
         trainer = SimpleNamespace(processes=SimpleNamespace(any=lambda flag, o=others: flag or o))
         with pytest.raises(loop.Stopped):
-            loop.on_main_only(trainer, work)
-
-
-@pytest.mark.parametrize("cut", [3, [], {}, {"step": 2}, {"step": 3, "loss": "1"}])
-def test_a_cut_that_is_none_is_refused(cut):
-    assert check_cut({"step": 3, "loss": None, "lr": 0.5}, 3)["lr"] == 0.5
-    assert check_cut(None, 3) is None
-    with pytest.raises(TypeError, match="expected the metrics of step 3"):
-        check_cut(cut, 3)
+            Trainer.on_main_only(trainer, work)
 
 
 def test_a_worker_that_goes_outside_the_loop_is_no_traceback(monkeypatch, capsys):
-    @training_tf.peers_may_go()
+    @processes_tf.peers_may_go()
     def waits_for_the_other():
-        raise training_tf.tf.errors.UnavailableError(None, None, "Connection reset")
+        raise processes_tf.tf.errors.UnavailableError(None, None, "Connection reset")
 
     codes = []
     monkeypatch.setattr(script.os, "_exit", codes.append)

@@ -1,4 +1,4 @@
-"""Where TensorFlow trains: this machine, several workers, one TPU host, or a pod."""
+"""TensorFlow's strategy for this machine, for several workers, for a TPU host or a pod."""
 
 import json
 import os
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 HEALTHY_SECONDS, POLL_SECONDS = 600, 10  # a pod that is being created needs minutes
 CONNECT_SECONDS = 20
-MEET_SECONDS, PATIENCE_SECONDS = 0.2, 5  # between two looks for a worker; before it is said
-# States that nothing but a person ends; the others (CREATING, REPAIRING ...) pass.
+MEET_SECONDS, PATIENCE_SECONDS = 0.2, 5  # between two looks for a worker; before a line says so
+# Only a person ends these states; CREATING, REPAIRING and the like pass by themselves.
 LOST_STATES = ("PREEMPTED", "TERMINATED", "DELETING", "STOPPED", "STOPPING", "HIDDEN", "HIDING")
 
 
 def build_strategy(tpu: str | None, n_devices: int | None = None) -> "tf.distribute.Strategy":
-    """The strategy for `--tpu`.
+    """Build the strategy for `--tpu`.
 
     Args:
-        tpu: name of a TPU or pod, "local" (this is its host), "none" or None: no TPU. Without one,
-            TF_CONFIG joins the workers that it lists, and otherwise all GPUs or logical CPU
-            devices of this machine train together.
-        n_devices: of this machine's at most; None: all.
+        tpu: the name of a TPU or pod; "local" for the TPU attached to this machine; "none" or None
+            for no TPU. Without a TPU, the workers in TF_CONFIG train together; without TF_CONFIG,
+            all GPUs or logical CPU devices of this machine.
+        n_devices: at most this many devices of this machine; None: all.
     Raises:
         UserError: the TPU cannot be reached or does not become healthy.
     """
@@ -41,9 +41,7 @@ def build_strategy(tpu: str | None, n_devices: int | None = None) -> "tf.distrib
             handler = signal.getsignal(signal.SIGTERM)
             strategy = tf.distribute.MultiWorkerMirroredStrategy()
             if threading.current_thread() is threading.main_thread():
-                signal.signal(
-                    signal.SIGTERM, handler
-                )  # TensorFlow puts its own, which does nothing
+                signal.signal(signal.SIGTERM, handler)  # TensorFlow's own handler does nothing
             return strategy
         kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
         devices = [device.name for device in tf.config.list_logical_devices(kind)][:n_devices]
@@ -67,13 +65,13 @@ def build_strategy(tpu: str | None, n_devices: int | None = None) -> "tf.distrib
 
 
 def meet_workers() -> None:
-    """Return when all workers of TF_CONFIG are there.
+    """Return when all workers of TF_CONFIG listen.
 
-    TensorFlow waits for them, too, but with Python's lock and a handler of SIGTERM that does
-    nothing: no signal would end it. Until all have met, each listens where TensorFlow is going to.
+    TensorFlow waits for them too, but it holds Python's lock and ignores SIGTERM: no signal would
+    end it. Until all have met, each worker listens on the port that TensorFlow will use.
 
     Raises:
-        UserError: TF_CONFIG is no JSON of a cluster, or its port is not free.
+        UserError: TF_CONFIG is not the JSON of a cluster, or this worker's port is not free.
     """
     rank, cluster = process_index(), json.loads(os.environ["TF_CONFIG"]).get("cluster", {})
     addresses = [*cluster.get("chief", ()), *cluster.get("worker", ())]
@@ -92,7 +90,7 @@ def meet_workers() -> None:
 
 
 def _wait_for(address: str) -> None:
-    """Return when somebody listens at "host:port"."""
+    """Return when a worker listens at "host:port"."""
     host, _, port = address.rpartition(":")
     start_s, is_said = time.monotonic(), False
     while True:
@@ -101,7 +99,7 @@ def _wait_for(address: str) -> None:
             return
         except OSError as error:
             if not is_said and time.monotonic() - start_s > PATIENCE_SECONDS:
-                # On every worker: each waits for another one.
+                # Not `log`, which only process 0 prints: each worker waits for another.
                 print(f"waiting for the worker at {address} ({describe(error)})", file=sys.stderr)
                 is_said = True
         time.sleep(MEET_SECONDS)
@@ -111,16 +109,16 @@ def wait_until_healthy(name: str) -> None:
     """Return when the TPU API says that the pod is ready and healthy.
 
     Raises:
-        UserError: the API cannot be reached or does not know it; the pod is lost, or not healthy
-            after HEALTHY_SECONDS.
+        UserError: the API cannot be reached or does not know the pod; the pod is lost, or not
+            healthy after HEALTHY_SECONDS.
     """
     client, end_s, seen = _tpu_client(name), time.monotonic() + HEALTHY_SECONDS, None
     while True:
         try:
             state, health = client.state(), client.health()
-        except Exception as error:  # whatever Google's client raises, it is the same to the user
+        except Exception as error:  # Google's client raises many kinds
             raise UserError(
-                f"--tpu {name} is not to be found (... {describe(error)[-160:]}): expected a TPU "
+                f"--tpu {name} is not found (... {describe(error)[-160:]}): expected a TPU "
                 "of this project and zone, see `gcloud compute tpus tpu-vm list`; or use --tpu "
                 "local or --tpu none"
             ) from error
@@ -129,13 +127,13 @@ def wait_until_healthy(name: str) -> None:
         status = f"{state}, health {health}" if health else str(state)
         if state in LOST_STATES:
             raise UserError(
-                f"--tpu {name} is {status} and will not come back by itself: make it anew "
+                f"--tpu {name} is {status} and will not come back by itself: create it again "
                 "(gcloud compute tpus tpu-vm delete, then create) and run the same command"
             )
         if time.monotonic() > end_s:
             raise UserError(
                 f"--tpu {name} is still {status} after {HEALTHY_SECONDS / 60:.0f} minutes: "
-                "expected READY; run the same command again when it is, or make the TPU anew"
+                "expected READY; run the same command when it is, or create the TPU again"
             )
         if status != seen:
             log(f"TPU {name} is {status}: waiting for READY")
@@ -144,7 +142,7 @@ def wait_until_healthy(name: str) -> None:
 
 
 def check_addresses(name: str, addresses: list[str]) -> None:
-    """`UserError` unless each "host:port" answers: TensorFlow would wait for it without end."""
+    """`UserError` unless each "host:port" answers: TensorFlow would wait for it forever."""
     for address in addresses:
         host, _, port = address.removeprefix("grpc://").rpartition(":")
         try:

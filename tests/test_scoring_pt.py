@@ -8,9 +8,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from algpt2 import ALGPT2Config, ALGPT2LMHeadModel
-from algpt2.evaluation import cut_windows, score_windows, text_nats
-from algpt2.evaluation_pt import evaluation_model, score_rows
-from algpt2.training_pt import Processes
+from algpt2.processes_pt import Processes
+from algpt2.scoring import cut_windows, score_windows, text_nats
+from algpt2.scoring_pt import evaluation_model, score_rows
 
 PROCESSES = Processes(0, 1, torch.device("cpu"), torch.float32)
 SHAPE = {

@@ -1,16 +1,15 @@
 """Packing on a Ray cluster of two nodes, with kills: the bytes of a local run every time.
 
     pip install -r requirements-ray.txt
-    python3 benchmarks/ray_cluster.py
+    python3 benchmarks/faults.py ray [--short]
 
 Both nodes are on this machine, one core each, on the loopback. A node is killed as a machine that
-loses power: Ray's process and its workers, with SIGKILL. `faults.py ray` keeps the results.
+loses power: Ray's process and its workers, with SIGKILL.
 """
 
 import contextlib
 import importlib.util
 import io
-import json
 import os
 import random
 import shutil
@@ -22,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fault_harness import Command, folder_difference, make_workspace, result, wait_for
+from .harness import Command, folder_difference, make_workspace, result, wait_for
 
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray's address of a node is then 127.0.0.1
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "node_ip_address": "127.0.0.1"}
@@ -187,14 +186,3 @@ def make_corpus(space: Path, seed: int) -> None:
     with tarfile.open(space / "text.tar.xz", "w:xz", preset=0, dereference=True) as archive:
         for copy in range(2):
             archive.add(space / "text", f"copy-{copy}")
-
-
-if __name__ == "__main__":
-    from faults import markdown
-
-    rows = []
-    for row in run("--short" in sys.argv):
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    print(markdown({"ray": rows}))
-    sys.exit(any(row["lost"] for row in rows))

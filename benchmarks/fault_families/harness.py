@@ -1,6 +1,7 @@
 """What the fault families share: a small corpus, commands, kills, and when two runs are equal."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -12,25 +13,31 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from algpt2 import ALGPT2Config
 
-from algpt2 import ALGPT2Config  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 TIMES = {"elapsed_s", "tokens_per_s", "input_wait", "peak_memory_gb"}  # differ from run to run
 POLL_S = 0.005
 LIMIT_S = 300  # no step of a trial takes as long
 
 
-def result(family: str, what: str, injected: int, lost: list[str], note: str = "") -> dict:
-    """One line of the table; `lost` says of each fault that was not survived what went wrong."""
-    note = "; ".join([*filter(None, [note]), *lost[:3]])
+def row(family: str, what: str, injected: int, lost: int, note: str) -> dict[str, Any]:
+    """One line of the table; `injected` and `lost` count faults."""
     return {
-        "family": family, "what": what, "injected": injected, "survived": injected - len(lost),
-        "lost": len(lost), "note": note,
+        "family": family, "what": what, "injected": injected, "survived": injected - lost,
+        "lost": lost, "note": note,
     }  # fmt: skip
+
+
+def result(
+    family: str, what: str, injected: int, lost: list[str], note: str = ""
+) -> dict[str, Any]:
+    """One line of the table; `lost` has one message for each fault that was not survived."""
+    note = "; ".join([*filter(None, [note]), *lost[:3]])
+    return row(family, what, injected, len(lost), note)
 
 
 @dataclass
@@ -111,10 +118,18 @@ def workers_of(n: int) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
+def load_script(name: str) -> ModuleType:
+    """A script of the root, by its path: benchmarks/train_pt.py would hide it from an import."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def make_workspace(folder: Path, seed: int) -> None:
     """In `folder`: text/, a tokenizer, shards/ of 16 tokens a row, a config of 20,000 weights."""
     from algpt2 import tokenization_algpt2
-    from algpt2.corpus import documents
+    from algpt2.documents import documents
 
     draw = random.Random(seed)
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(200)]

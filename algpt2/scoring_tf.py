@@ -1,14 +1,14 @@
-"""A Keras model as the evaluator's scoring function."""
+"""A Keras model as `scoring.Model`: one function from rows of tokens to log-probabilities."""
 
 import numpy as np
 import tensorflow as tf
 
-from .evaluation import Model
 from .modeling_tf_algpt2 import TFALGPT2LMHeadModel
+from .scoring import Model
 
 
 def evaluation_model(model: TFALGPT2LMHeadModel, context: int, batch_size: int) -> Model:
-    """The model for `evaluation`, on one device.
+    """The model as `scoring.Model`, on one device.
 
     Args:
         context: tokens that a window reads at most.

@@ -1,6 +1,6 @@
 """Kills, signals, other process counts, full and read-only disks: a run ends as if nothing was.
 
-    python3 benchmarks/fault_kills.py [--short] [--only kills]
+    python3 benchmarks/faults.py kills signals processes disks [--short]
 
 Each trial runs a command to its end once, then again with faults; weights, optimizer state and
 metrics (but for times) have to be equal byte for byte.
@@ -8,20 +8,18 @@ metrics (but for times) have to be equal byte for byte.
 
 import contextlib
 import io
-import json
 import os
 import random
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fault_harness import (
+from .harness import (
     Command,
     difference,
     folder_difference,
@@ -276,18 +274,10 @@ def _mount(*args: str) -> None:
 FAMILIES = {"kills": kills, "signals": signals, "processes": processes, "disks": disks}
 
 
-def run(short: bool, seed: int, only: str | None = None) -> Iterator[dict]:
-    """The lines of the table, one after the other."""
-    for name, family in FAMILIES.items():
-        if only in (None, name):
-            with tempfile.TemporaryDirectory(prefix="algpt2-faults-") as folder:
-                space = Path(folder)
-                with contextlib.redirect_stdout(io.StringIO()):
-                    make_workspace(space, seed)
-                yield from family(space, short, seed)
-
-
-if __name__ == "__main__":
-    chosen = sys.argv[sys.argv.index("--only") + 1] if "--only" in sys.argv else None
-    for line in run("--short" in sys.argv, 0, chosen):
-        print(json.dumps(line), flush=True)
+def run(short: bool, seed: int, name: str) -> Iterator[dict]:
+    """The lines of the table of the family `name`, one after the other."""
+    with tempfile.TemporaryDirectory(prefix="algpt2-faults-") as folder:
+        space = Path(folder)
+        with contextlib.redirect_stdout(io.StringIO()):
+            make_workspace(space, seed)
+        yield from FAMILIES[name](space, short, seed)

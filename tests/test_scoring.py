@@ -8,7 +8,7 @@ import pytest
 
 from algpt2.console import table
 from algpt2.errors import NonFiniteError
-from algpt2.evaluation import (
+from algpt2.scoring import (
     MinimalPair,
     Model,
     TextTotals,

@@ -1,4 +1,4 @@
-"""A PyTorch model as the evaluator's scoring function."""
+"""A PyTorch model as `scoring.Model`: one function from rows of tokens to log-probabilities."""
 
 from collections.abc import Iterator
 
@@ -7,16 +7,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .evaluation import Model
-from .modeling_algpt2 import LOSS_ROWS, LOSS_ROWS_CPU, ALGPT2LMHeadModel
-from .training_pt import Processes
+from .kernels_algpt2 import LOSS_ROWS, LOSS_ROWS_CPU
+from .modeling_algpt2 import ALGPT2LMHeadModel
+from .processes_pt import Processes
+from .scoring import Model
 
 
 def evaluation_model(
     model: nn.Module, processes: Processes, context: int, batch_size: int
 ) -> Model:
-    """Any causal language model of transformers for `evaluation`: in float32 unless it is wider,
-    matrix products in the run's precision; rows are shared among the processes.
+    """A causal language model of transformers as `scoring.Model`.
+
+    Scores are float32 (float64 for a float64 model), matrix products have the run's precision, and
+    the processes share the rows.
 
     Args:
         context: tokens that a window reads at most.
@@ -25,10 +28,10 @@ def evaluation_model(
     model.eval()
 
     def score(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        mine = np.array_split(np.arange(len(rows)), processes.count)[processes.rank]
-        scores = score_rows(model, rows[mine], processes) if len(mine) else None
+        own = np.array_split(np.arange(len(rows)), processes.count)[processes.rank]
+        scores = score_rows(model, rows[own], processes) if len(own) else None
         if processes.count > 1:
-            scores = _gather(scores, mine, (2, len(rows), rows.shape[1] - 1), processes)
+            scores = _gather(scores, own, (2, len(rows), rows.shape[1] - 1), processes)
         log_probs, is_likeliest = scores.cpu().numpy()
         return log_probs, is_likeliest.astype(bool)
 
@@ -37,8 +40,8 @@ def evaluation_model(
 
 @torch.no_grad()
 def score_rows(model: nn.Module, rows: np.ndarray, processes: Processes) -> Tensor:
-    """(2, B, T) of rows (B, T + 1): log-probabilities in nats of tokens 1 to T, and 1 where the
-    token is the likeliest."""
+    """Rows (B, T + 1) to (2, B, T): log-probabilities of tokens 1 to T in nats, and 1 where the
+    token is the likeliest, else 0."""
     tokens = torch.from_numpy(rows).to(processes.device)
     inputs, labels = tokens[:, :-1], tokens[:, 1:].flatten()
     pieces, start = [], 0
@@ -66,12 +69,12 @@ def _logits(model: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
 
 
 def _gather(
-    scores: Tensor | None, mine: np.ndarray, shape: tuple[int, ...], processes: Processes
+    scores: Tensor | None, own: np.ndarray, shape: tuple[int, ...], processes: Processes
 ) -> Tensor:
-    """The scores of all processes' rows: each adds its own to zeros, which is exact."""
+    """The scores of all rows: each process adds the scores of its `own` rows to zeros (exact)."""
     dtype = torch.float32 if scores is None else scores.dtype
     gathered = torch.zeros(shape, dtype=dtype, device=processes.device)
     if scores is not None:
-        gathered[:, mine] = scores
+        gathered[:, own] = scores
     dist.all_reduce(gathered)
     return gathered

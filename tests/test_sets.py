@@ -19,8 +19,11 @@ import pytest
 import train_pt
 from algpt2.detokenizers import DETOKENIZERS
 from algpt2.errors import UserError
-from algpt2.evaluation import Model
-from algpt2.evaluation_sets import (
+from algpt2.options import DataOptions, EvalOptions, ModelOptions, PackOptions, TrainOptions
+from algpt2.packing import pack
+from algpt2.report import read_json_lines
+from algpt2.scoring import Model
+from algpt2.sets import (
     EvalSet,
     Evaluator,
     choose_detokenizer,
@@ -29,10 +32,7 @@ from algpt2.evaluation_sets import (
     read_passages,
     row_streams,
 )
-from algpt2.options import DataOptions, EvalOptions, ModelOptions, PackOptions, TrainOptions
-from algpt2.packing import pack
-from algpt2.report import read_json_lines
-from algpt2.runs import open_or_pack
+from algpt2.start import open_or_pack
 from algpt2.tfrecords import open_rows, read_manifest
 from algpt2.tokenization_algpt2 import load_tokenizer
 
@@ -96,7 +96,9 @@ def uniform_evaluator(tokenizer, context=32, detokenizer=None, **options):
         eval=EvalOptions(eval_sets=("given",), **options),
         data=DataOptions(detokenizer=detokenizer),
     )  # fmt: skip
-    return Evaluator(Model(score, context, 1024), tokenizer, options, precision="float32")
+    return Evaluator(
+        Model(score, context, 1024), tokenizer, options, precision="float32", checkpoint="c"
+    )
 
 
 # --- finding -------------------------------------------------------------------------------------
@@ -208,8 +210,8 @@ def test_documents_are_scored_one_by_one(bench, tmp_path, tokenizer_folder):
 
 def test_shards_are_one_stream(corpus, tokenizer_folder, tmp_path):
     tokenizer = load_tokenizer(str(tokenizer_folder))
-    manifest = pack(str(corpus / "valid"), tokenizer, tmp_path / "shards", seq_len=16,
-                    files_per_tfrecord=1)  # fmt: skip
+    paths = (str(corpus / "valid"),), str(tmp_path / "shards")
+    manifest = pack(PackOptions(*paths, seq_len=16, files_per_tfrecord=1), tokenizer)
     (one,) = find_sets([str(tmp_path / "shards")])
     evaluation = uniform_evaluator(tokenizer, stride=7).evaluate(one)
     texts = [path.read_text() for path in sorted((corpus / "valid").iterdir())]
@@ -359,7 +361,7 @@ def test_training_and_both_evaluations_agree_with_a_detokenizer(run, tmp_path):
         eval_only=True, model=ModelOptions(checkpoint=str(tmp_path / "tuned")),
         data=DataOptions(val_path=(str(shards), "here/valid")),
     )  # fmt: skip
-    one = evaluation_of_rows(options, read_manifest(shards), 1.0, "float32")
+    one = evaluation_of_rows(options, "c", read_manifest(shards), 1.0, "float32")
     # The card and evaluation.json may become public: nothing of this machine's folders.
     assert (one.text, one.set) == ("wikitext detokenizer", f"{shards.name} here/valid")
     assert rows["set"] == "wiki.txt" and str(tmp_path) not in json.dumps(rows)
@@ -397,7 +399,7 @@ def test_evaluations_add_up_and_the_same_one_is_replaced(run, bench):
 def test_what_others_wrote_is_not_overwritten(run, bench):
     for name, content in (("evaluation.json", "[]"), ("evaluation.md", "# My notes\n")):
         (run / name).write_text(content)
-        with pytest.raises(UserError, match=f"{name} is not"):
+        with pytest.raises(UserError, match=f"did not write .*{name}"):
             evaluate(run, f"--eval_sets={bench / 'plain.txt'}")
         assert (run / name).read_text() == content
         (run / name).unlink()
@@ -416,7 +418,7 @@ def test_a_checkpoint_of_no_run_keeps_its_evaluation_itself(run, bench, tmp_path
     [
         (["--eval_sets=nowhere"], "--eval_sets nowhere: no such file"),
         (["--eval_sets=.", "--stride=64"], "--stride 64: expected 1 to 32"),
-        (["--detokenizer=auto"], "--detokenizer auto needs --eval_sets: expected the name"),
+        (["--detokenizer=auto"], "--detokenizer auto needs --eval_sets: expected wikitext"),
         (["--stride=0"], "above zero, got --stride 0"),
         (["--eval_sets=.", "--seq_len=64"], "rows of 64 tokens do not fit the model's 32"),
     ],

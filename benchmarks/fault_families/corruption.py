@@ -1,6 +1,6 @@
 """Damage to what a run left behind: is it named, and does the run still end with the right bytes?
 
-    python3 benchmarks/fault_corruption.py [--short] [--seed 0]
+    python3 benchmarks/faults.py corruption [--short] [--seed 0]
 
 A run of six steps is stopped at step 4 with two complete checkpoints (3 and 4). For each fault the
 run's folder and its packed shards are put back, one thing in them is damaged, and the same command
@@ -13,28 +13,27 @@ is given again. Two outcomes count as survived:
 Everything else (a traceback, other bytes at the end, damage that nobody was told of) is lost.
 """
 
-import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from algpt2.checkpoints import newest_checkpoint
+from algpt2.errors import UserError, describe
 
-from algpt2.checkpoints import newest_checkpoint  # noqa: E402  (after the path)
-from algpt2.errors import UserError, describe  # noqa: E402  (after the path)
+from .harness import load_script, row
 
 STEPS, STOPPED_AT, NEWEST, OLDER = 6, 4, "checkpoint-00000004", "checkpoint-00000003"
 LAST = f"checkpoint-{STEPS:08}"
@@ -52,6 +51,7 @@ def make_data(folder: Path) -> None:
     """Text, a tokenizer of 300 entries, a model's config, and packed shards in `folder`."""
     from algpt2 import tokenization_algpt2
     from algpt2.configuration_algpt2 import ALGPT2Config
+    from algpt2.options import PackOptions
     from algpt2.packing import pack
 
     draw = random.Random(0)
@@ -69,8 +69,8 @@ def make_data(folder: Path) -> None:
     ).save_pretrained(folder / "config")  # fmt: skip
     tokenizer = tokenization_algpt2.load_tokenizer(str(folder / "tokenizer"))
     for split, n_shards in (("train", 2), ("valid", 1)):
-        pack([str(folder / "text" / split)], tokenizer, folder / split, seq_len=16, workers=1,
-             n_shards=n_shards)  # fmt: skip
+        paths = (str(folder / "text" / split),), str(folder / split)
+        pack(PackOptions(*paths, seq_len=16, workers=1, n_shards=n_shards), tokenizer)
 
 
 def flags(folder: Path, **changes: Any) -> list[str]:
@@ -432,69 +432,29 @@ at = on
 
 
 def run(short: bool = False, seed: int = 0) -> list[dict[str, Any]]:
-    """Every fault (short: one of twelve) in PyTorch, some in TensorFlow; a row for each family."""
+    """Every fault (short: one of twelve) in PyTorch, one of forty in TensorFlow; a row a family."""
     rows = run_framework("pt", 12 if short else 1, seed)
-    if not short:
-        command = [sys.executable, __file__, "--framework=tf", f"--seed={seed}"]
-        process = subprocess.run(command, capture_output=True, text=True)
-        if process.returncode:
-            raise RuntimeError(process.stderr[-2000:])
-        rows += json.loads(process.stdout.splitlines()[-1])
+    if not short:  # the two frameworks do not share a process
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            rows += pool.submit(run_framework, "tf", 40, seed).result()
     return rows
 
 
 def run_framework(framework: str, every: int, seed: int) -> list[dict[str, Any]]:
     """Each `every`-th fault with train_pt.py or train_tf.py."""
-    if framework == "pt":
-        import train_pt as script
-    else:
-        import train_tf as script
-    rows: dict[str, dict[str, Any]] = {}
+    script = load_script(f"train_{framework}")
+    outcomes: dict[str, list[tuple[Fault, bool, str]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         harness = Harness(Path(folder), script.main)
         for i, fault in enumerate(all_faults(harness.kept)):
-            if (i + seed) % every:
-                continue
-            survived, how = harness.outcome(fault, seed + i)
-            row = rows.setdefault(
-                fault.family,
-                {"family": "corruption", "what": f"{fault.family}, train_{framework}.py",
-                 "injected": 0, "survived": 0, "lost": 0, "used": 0, "error": 0, "note": ""},
-            )  # fmt: skip
-            row["injected"] += 1
-            row["survived" if survived else "lost"] += 1
-            if survived:
-                row[how] += 1
-            else:
-                row["note"] += f"{fault.what}: {how}; "
-    return [_counted(row) for row in rows.values()]
+            if (i + seed) % every == 0:
+                outcome = (fault, *harness.outcome(fault, seed + i))
+                outcomes.setdefault(fault.family, []).append(outcome)
+    return [_row(f"{name}, train_{framework}.py", found) for name, found in outcomes.items()]
 
 
-def _counted(row: dict[str, Any]) -> dict[str, Any]:
-    used, errors = row.pop("used"), row.pop("error")
-    if not row["lost"]:
-        row["note"] = f"{used} ended with the same bytes, {errors} one clear line"
-    return row
-
-
-def main() -> None:
-    """Print every row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="one fault of twelve")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--framework", choices=["pt", "tf"], help="internal: these rows as JSON")
-    given = parser.parse_args()
-    if given.framework:
-        print(json.dumps(run_framework(given.framework, 40, given.seed)))
-        return
-    rows = run(given.short, given.seed)
-    for row in rows:
-        columns = f"{row['what']:44} {row['injected']:5} {row['survived']:5} {row['lost']:3}"
-        print(f"{columns}  {row['note']}")
-    lost = sum(row["lost"] for row in rows)
-    print(f"{sum(row['injected'] for row in rows)} faults, {lost} lost")
-    sys.exit(1 if lost else 0)
-
-
-if __name__ == "__main__":
-    main()
+def _row(what: str, outcomes: list[tuple[Fault, bool, str]]) -> dict[str, Any]:
+    lost = [f"{fault.what}: {how}" for fault, survived, how in outcomes if not survived]
+    counts = Counter(how for _, _, how in outcomes)
+    note = f"{counts['used']} ended with the same bytes, {counts['error']} one clear line"
+    return row("corruption", what, len(outcomes), len(lost), "; ".join(lost) or note)

@@ -1,17 +1,16 @@
 """Hostile input: every reader gets mutated files and arguments; only success or one clear line.
 
-    python3 benchmarks/fault_fuzz.py [--short] [--seed 0] [--family NAME ...]
+    python3 benchmarks/faults.py fuzz [--short] [--seed 0]
+    python3 benchmarks/faults.py --reproduce READER:N          # the traceback of one input
 
 Whatever bytes a file holds, a reader either reads it or raises `UserError` (exit code 2; an
 `OSError` of the operating system is one too). Any other exception, a file opened with pickle, a
 second that passes in one input, or memory taken for a size that a file only claims, is lost.
 
 Mutations are seeded: flipped bits, cuts, inserted and repeated bytes; and, of JSON, other types,
-huge numbers, NaN, deep nesting, lone surrogates, missing and doubled keys. `--reproduce FAMILY:N`
-shows the traceback of one input.
+huge numbers, NaN, deep nesting, lone surrogates, missing and doubled keys.
 """
 
-import argparse
 import contextlib
 import copy
 import gzip
@@ -23,26 +22,26 @@ import resource
 import shutil
 import signal
 import struct
-import sys
 import tarfile
 import tempfile
 import traceback
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from algpt2.checkpoints import STATE_FILE
+from algpt2.errors import UserError
 
-from algpt2.checkpoints import STATE_FILE  # noqa: E402  (after the path)
-from algpt2.errors import UserError  # noqa: E402
-from benchmarks.fault_corruption import flags, make_data  # noqa: E402
+from .corruption import flags, make_data
+from .harness import load_script, row
 
 LIMIT_S = 10  # an input that takes longer hangs
 LIMIT_BYTES = 1 << 30  # of peak memory more than before, over all inputs
 SHORT = 40  # one of so many inputs
+FAMILY = "hostile input"  # of the table
 
 Read = Callable[[], Any]
 
@@ -140,8 +139,8 @@ def mutate_json_text(text: bytes, draw: random.Random, sign: bool = False) -> by
 class Fuzzer:
     """A folder with sound input of every kind, and the readers that get it mutated.
 
-    Each family is a method that mutates something with the given `Random` and returns what reads
-    it; `counts` says how many inputs each gets.
+    Each key of `counts`, the inputs a reader gets, is a method: it mutates something with the given
+    `Random` and returns what reads it.
     """
 
     counts: ClassVar[dict[str, int]] = {
@@ -155,13 +154,13 @@ class Fuzzer:
         self.folder, self.changed = folder, set[Path]()
         os.environ["ALGPT2_CACHE"] = str(folder / "cache")
         make_data(folder)
-        import train_pt
         from algpt2.tokenization_algpt2 import load_tokenizer
 
+        self.train = load_script("train_pt").main
         with _own_signals():
-            train_pt.main(flags(folder, max_steps=1))
+            self.train(flags(folder, max_steps=1))
         self.checkpoint = folder / "run/checkpoint-00000001"
-        self.tokenizer = load_tokenizer(str(folder / "tokenizer"))
+        self.sound_tokenizer = load_tokenizer(str(folder / "tokenizer"))
         self.tokenizer_files = [
             path for path in (folder / "tokenizer").iterdir() if not path.name.startswith(".")
         ]
@@ -244,18 +243,20 @@ class Fuzzer:
         return read
 
     def config(self, draw: random.Random) -> Read:
-        from algpt2 import runs, training_pt
         from algpt2.options import DataOptions, ModelOptions
+        from algpt2.start import Start, choose_seq_len, choose_tokenizer
+        from algpt2.trainer_pt import build_model
 
         self.mutate(self.folder / "config/config.json", draw)
         options = ModelOptions(config=str(self.folder / "config"))
         data = DataOptions(tokenizer=str(self.folder / "tokenizer"))
 
         def read() -> None:
-            runs.choose_tokenizer(data, options)
-            runs.choose_seq_len(DataOptions(), options)
-            runs.source_config(options)
-            training_pt.build_model(options, self.tokenizer, 16)
+            start = Start.find(options)
+            choose_tokenizer(start, data)
+            choose_seq_len(start, DataOptions())
+            start.config()
+            build_model(replace(start, tokenizer=self.sound_tokenizer, seq_len=16))
 
         return read
 
@@ -271,14 +272,15 @@ class Fuzzer:
         return read
 
     def run_json(self, draw: random.Random) -> Read:
-        from algpt2 import model_card, report
+        from algpt2 import model_card
+        from algpt2.run import open_run
 
         run = self.folder / "run"
         self.mutate(run / "run.json", draw, sign=True)
         now = json.loads(self.files[run / "run.json"])
 
         def read() -> None:
-            opened = report.open_run(run, now, overwrite=False)
+            opened = open_run(run, now, overwrite=False)
             json.dumps(opened)
             model_card.write_card(self.checkpoint, run, 1)
 
@@ -286,8 +288,8 @@ class Fuzzer:
 
     def metrics(self, draw: random.Random) -> Read:
         import plot_runs
-        from algpt2 import model_card, runs
-        from algpt2.report import _keep_lines_until
+        from algpt2 import model_card
+        from algpt2.report import _keep_lines_until, log_before_and_after
 
         run = self.folder / "run"
         lines = self.files[run / "metrics.jsonl"].splitlines()
@@ -296,15 +298,16 @@ class Fuzzer:
 
         def read() -> None:
             model_card.write_card(self.checkpoint, run, 1)
-            runs.log_before_and_after({"before": {}}, run)
+            log_before_and_after({"before": {}}, run)
             plot_runs.draw({"run": plot_runs.read_run(run)}, "tokens", 10)
-            _keep_lines_until(run / "metrics.jsonl", 1, draw.random() < 0.5)
+            _keep_lines_until(run / "metrics.jsonl", 1 - (draw.random() < 0.5), 1)
 
         return read
 
     def safetensors(self, draw: random.Random) -> Read:
-        from algpt2 import training_pt
         from algpt2.options import ModelOptions
+        from algpt2.start import Start
+        from algpt2.trainer_pt import build_model
 
         folder = self.folder / "weights"
         if not folder.exists():
@@ -315,7 +318,8 @@ class Fuzzer:
             folder / "model.safetensors", self._other_tensors(folder / "model.safetensors", draw)
         )
         options = ModelOptions(checkpoint=str(folder))
-        return lambda: training_pt.build_model(options, self.tokenizer, 16)
+        parts = {"tokenizer": self.sound_tokenizer, "seq_len": 16}
+        return lambda: build_model(replace(Start.find(options), **parts))
 
     def optimizer(self, draw: random.Random) -> Read:
         from algpt2.checkpoints import read_checkpoint
@@ -340,23 +344,27 @@ class Fuzzer:
         return struct.pack("<Q", claimed) + header + data[8 + size :]
 
     def _resume(self, checkpoint: Any) -> None:
-        from algpt2 import training_pt
+        from algpt2.batches import RowInputs
         from algpt2.options import TrainOptions, parse
+        from algpt2.processes_pt import start_processes
+        from algpt2.run import Run
+        from algpt2.start import Start
         from algpt2.tfrecords import open_rows
+        from algpt2.trainer_pt import Trainer
 
         options = parse(TrainOptions, flags(self.folder)) if not self.options_ else self.options_
         self.options_ = options
-        rows, processes = open_rows(self.folder / "valid"), training_pt.start_processes(options)
-        trainer = training_pt.build_trainer(options, self.tokenizer, rows, processes, 9, checkpoint)
+        rows, processes = open_rows(self.folder / "valid"), start_processes(options)
+        start = replace(Start.find(options.model), tokenizer=self.sound_tokenizer, seq_len=16)
+        run = Run(self.folder / "run", {"steps": 9}, checkpoint)
+        inputs = RowInputs(rows, options, processes)
+        trainer = Trainer.build(options, start, inputs, rows, processes, run)
         with contextlib.suppress(ArithmeticError):  # weights that are NaN: said as such
-            training_pt.train_step(trainer)
+            trainer.train_step()
 
     options_: Any = None
 
-    def tokenizer(self, draw: random.Random) -> Read:  # replaced by the sound one in __init__
-        raise NotImplementedError
-
-    def read_tokenizer(self, draw: random.Random) -> Read:
+    def tokenizer(self, draw: random.Random) -> Read:
         from algpt2.tokenization_algpt2 import load_tokenizer
 
         folder = self.folder / "tokenizer"
@@ -395,14 +403,15 @@ class Fuzzer:
         return self._documents(draw.choice(("a.tar", "a.tar", "a.tar.gz", "a.tar.xz")), None, draw)
 
     def _documents(self, name: str, data: bytes | None, draw: random.Random) -> Read:
-        from algpt2.corpus import documents
+        from algpt2.documents import documents
+        from algpt2.parts import Reading
 
         path = self.folder / "archives" / name
         self.put(path, mutate_bytes(self.files[path], draw) if data is None else data)
         skips = draw.random() < 0.5
 
         def read() -> None:
-            for text in documents(str(path), skip_broken=skips):
+            for text in documents(str(path), Reading(skip_broken=skips)):
                 text.encode()
 
         return read
@@ -422,7 +431,7 @@ class Fuzzer:
             self.changed.add(kept)
 
         def read() -> None:
-            packing.pack([text], self.tokenizer, folder, seq_len=16, workers=1, dedup=True)
+            packing.pack(self._pack_options(text, folder), self.sound_tokenizer)
 
         def read_and_clean() -> None:
             try:
@@ -431,6 +440,12 @@ class Fuzzer:
                 shutil.rmtree(folder)
 
         return read_and_clean
+
+    @staticmethod
+    def _pack_options(text: str, folder: Path) -> Any:
+        from algpt2.options import PackOptions
+
+        return PackOptions((text,), str(folder), seq_len=16, workers=1, dedup=True)
 
     def _pack_half(self, text: str, folder: Path) -> None:
         from algpt2 import packing
@@ -443,7 +458,7 @@ class Fuzzer:
 
         write, packing._write_split = packing._write_split, die
         try:
-            packing.pack([text], self.tokenizer, folder, seq_len=16, workers=1, dedup=True)
+            packing.pack(self._pack_options(text, folder), self.sound_tokenizer)
         except Killed:
             pass
         finally:
@@ -454,7 +469,7 @@ class Fuzzer:
     # Evaluation and the command line.
 
     def evaluation(self, draw: random.Random) -> Read:
-        from algpt2.evaluation_sets import ResultFiles
+        from algpt2.results import ResultFiles
 
         path = self.folder / "run/evaluation.json"
         if path not in self.files:
@@ -470,7 +485,7 @@ class Fuzzer:
         def read() -> None:
             results = ResultFiles(path.parent)
             if results.evaluations:
-                results.add(next(iter(results.evaluations.values())))
+                results.add(results.evaluations[0])
 
         return read
 
@@ -484,8 +499,6 @@ class Fuzzer:
 
     def commands(self, draw: random.Random) -> Read:
         """Whole commands of train_pt.py with one strange number each: no more than two steps."""
-        import train_pt
-
         name = draw.choice(STRANGE_FLAGS)
         value = draw.choice(STRANGE_NUMBERS)
         argv = [*flags(self.folder, max_steps=2, save_dir=self.folder / "try"), f"--{name}={value}"]
@@ -493,7 +506,7 @@ class Fuzzer:
         def read() -> None:
             try:
                 with _own_signals(), contextlib.suppress(ArithmeticError):
-                    train_pt.main(argv)
+                    self.train(argv)
             finally:
                 shutil.rmtree(self.folder / "try", ignore_errors=True)
 
@@ -542,44 +555,40 @@ def strange_arguments(cls: type, draw: random.Random) -> list[str]:
 # --- the report ----------------------------------------------------------------------------------
 
 
-def run(short: bool = False, seed: int = 0, families: list[str] | None = None) -> list[dict]:
-    """Every family's inputs (short: one of forty); a row each, and one for the memory."""
+def run(short: bool = False, seed: int = 0, readers: Sequence[str] = ()) -> list[dict]:
+    """Every reader's inputs (short: one of forty); a row for each reader, and one for memory."""
     rows = []
     with tempfile.TemporaryDirectory() as folder, quiet():
         fuzzer = Fuzzer(Path(folder))
         before = _peak_bytes()
-        for family, count in fuzzer.counts.items():
-            if not families or family in families:
-                rows.append(fuzz(fuzzer, family, max(2, count // SHORT) if short else count, seed))
+        for reader in readers or fuzzer.counts:
+            count = fuzzer.counts[reader]
+            rows.append(fuzz(fuzzer, reader, max(2, count // SHORT) if short else count, seed))
     grown = _peak_bytes() - before
-    rows.append(
-        _row("peak memory of all inputs", 1, int(grown > LIMIT_BYTES), f"{grown >> 20} MiB more")
-    )
-    return rows
+    is_lost = int(grown > LIMIT_BYTES)
+    return [*rows, row(FAMILY, "peak memory of all inputs", 1, is_lost, f"{grown >> 20} MiB more")]
 
 
-def fuzz(fuzzer: Fuzzer, family: str, count: int, seed: int) -> dict[str, Any]:
-    """`count` inputs of one family."""
+def fuzz(fuzzer: Fuzzer, reader: str, count: int, seed: int) -> dict[str, Any]:
+    """`count` inputs of one reader."""
     failures: Counter[str] = Counter()
     refused = 0
     for i in range(count):
         try:
-            refused += not read_one(fuzzer, family, i, seed)
+            refused += not read_one(fuzzer, reader, i, seed)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
-            failures[f"{_name(error)} (first: --reproduce {family}:{i})"[:300]] += 1
+            failures[f"{_name(error)} (first: --reproduce {reader}:{i})"[:300]] += 1
             failures = _merged(failures)
     n_lost = failures.total()
     note = "; ".join(f"{n} x {name}" for name, n in failures.most_common()) or f"{refused} refused"
-    return _row(family, count, n_lost, note)
+    return row(FAMILY, reader, count, n_lost, note)
 
 
-def read_one(fuzzer: Fuzzer, family: str, i: int, seed: int) -> bool:
+def read_one(fuzzer: Fuzzer, reader: str, i: int, seed: int) -> bool:
     """True if the input was read, False if it was refused as it should be; else it raises."""
-    draw = random.Random(f"{seed} {family} {i}")
-    method = fuzzer.read_tokenizer if family == "tokenizer" else getattr(fuzzer, family)
-    read = method(draw)
+    read = getattr(fuzzer, reader)(random.Random(f"{seed} {reader} {i}"))
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(LIMIT_S)
     try:
@@ -615,11 +624,6 @@ def _merged(failures: Counter[str]) -> Counter[str]:
     return merged
 
 
-def _row(what: str, injected: int, lost: int, note: str) -> dict[str, Any]:
-    return {"family": "hostile input", "what": what, "injected": injected,
-            "survived": injected - lost, "lost": lost, "note": note}  # fmt: skip
-
-
 def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -648,34 +652,10 @@ def quiet() -> Iterator[None]:
         os.environ["ALGPT2_CACHE"] = kept
 
 
-def reproduce(family: str, i: int, seed: int) -> None:
-    """The traceback of one input."""
+def reproduce(name: str, seed: int) -> None:
+    """Read one input, named READER:N, and let its exception through."""
+    reader, _, i = name.partition(":")
     with tempfile.TemporaryDirectory() as folder:
         with quiet():
             fuzzer = Fuzzer(Path(folder))
-        print("read" if read_one(fuzzer, family, i, seed) else "refused")
-
-
-def main() -> None:
-    """Print every row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help=f"one input of {SHORT}")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--family", nargs="+", help="only these")
-    parser.add_argument("--reproduce", metavar="FAMILY:N")
-    given = parser.parse_args()
-    if given.reproduce:
-        family, _, i = given.reproduce.partition(":")
-        reproduce(family, int(i), given.seed)
-        return
-    rows = run(given.short, given.seed, given.family)
-    for row in rows:
-        columns = f"{row['what']:26} {row['injected']:6} {row['survived']:6} {row['lost']:4}"
-        print(f"{columns}  {row['note']}")
-    lost = sum(row["lost"] for row in rows)
-    print(f"{sum(row['injected'] for row in rows):,} inputs, {lost} lost")
-    sys.exit(1 if lost else 0)
-
-
-if __name__ == "__main__":
-    main()
+        print("read" if read_one(fuzzer, reader, int(i), seed) else "refused")
