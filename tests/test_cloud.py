@@ -11,6 +11,8 @@ from pathlib import Path
 import gcloud
 import pytest
 
+from algpt2.options import TFRecordOptions, parse
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "Markdown" / "CLOUD.md").read_text()
 COMMANDS = re.findall(r"^ {4}(\S.*)$", re.sub(r" *\\\n *", " ", PAGE), re.M)
@@ -30,6 +32,19 @@ def test_a_line_that_gcloud_does_not_take_is_refused():
     for wrong in ("compute tpus tpu-vm create x", "compute tpus tpu-vm list --zones x"):
         with pytest.raises(gcloud.Refused):
             gcloud.split(wrong.split())
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "keep_pod.sh" in line])
+def test_train_tfrecords_takes_the_flags_that_keep_pod_hands_on(line):
+    flags = shlex.split(line.partition("keep_pod.sh")[2])
+    assert parse(TFRecordOptions, [*flags, "--tpu=pod", "--save_dir=gs://b/run"])
+
+
+def test_keep_pod_knows_every_variable_that_the_page_sets():
+    script = (ROOT / "cloud" / "keep_pod.sh").read_text()
+    lines = [line for line in COMMANDS if "keep_pod.sh" in line or "export" in line]
+    names = {name for line in lines for name in re.findall(r"(?<!\S)([A-Z]+)=", line)}
+    assert len(names) > 8 and all(f"${{{name}" in script for name in names), names
 
 
 @pytest.fixture
