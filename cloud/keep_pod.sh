@@ -24,8 +24,9 @@ call() { # gcloud compute tpus within $1 seconds, in the background: bash answer
   doing=$3
   timeout -k 10 "$1" gcloud compute tpus "${@:2}" --zone "$ZONE" --quiet >"$work/out" 2>"$work/err" </dev/null &
   child=$!
-  wait "$child" && return
+  wait "$child" && doing='' && return
   [ "$doing" = describe ] || say "gcloud $2 $3 failed: $(tail -n 2 "$work/err" | tr '\n' ' ')"
+  doing=''
   return 1
 }
 worker() { call "$1" tpu-vm ssh "$NAME" --worker 0 --strict-host-key-checking no --command "$2"; }
@@ -55,7 +56,7 @@ remove() { # returns when Google has said twice that there is neither a request 
 # shellcheck disable=SC2317 # called by the trap
 finish() {
   trap '' INT TERM HUP
-  [ "$doing" = create ] || kill "$child" 2>/dev/null # what is just being made can be deleted only when it is there
+  case $doing in '' | create) ;; *) kill "$child" ;; esac # what is just being made can be deleted only when it is there
   wait "$child"
   remove
   rm -rf "$work"

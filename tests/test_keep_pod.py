@@ -136,6 +136,7 @@ ACCIDENTS = {
     "SIGTERM in the set-up": (["setup:1:TERM"], [], {}, 143),
     "SIGHUP while asking": (["describe:4:HUP"], [], {}, 129),
     "SIGTERM while deleting": (["delete:1:TERM"], [0], {}, 0),
+    "Ctrl-C at the first look": (["describe:1:INT"], [], {"PAUSE_S": "1"}, 130),
     "hours used up": ([], [75] * 99, {"SECONDS": "172797", "DEATHS": "999"}, 75),
 }  # fmt: skip
 
