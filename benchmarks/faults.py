@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fault_families import corruption, fuzz, kills, ray_cluster
 
-from algpt2.model_card import markdown_table
+from algpt2.export.model_card import markdown_table
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 FAMILIES: dict[str, Callable[[bool, int], Iterable[dict]]] = {

@@ -41,12 +41,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from algpt2.console import table
 from algpt2.errors import EXIT_NON_FINITE, EXIT_STOPPED, UserError
-from algpt2.files import CHECKSUM, read_record, write_record
-from algpt2.report import METRICS_FILE, RUN_FILE, read_json_lines
-from algpt2.script import run_script
-from algpt2.tfrecords import MANIFEST_FILE
+from algpt2.runs.report import METRICS_FILE, RUN_FILE, read_json_lines
+from algpt2.shards.tfrecords import MANIFEST_FILE
+from algpt2.system.console import table
+from algpt2.system.files import CHECKSUM, read_record, write_record
+from algpt2.system.script import run_script
 from benchmarks.quality_rows import SCALES, Row, rows
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,12 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 import train_pt
-from algpt2.checkpoints import find_checkpoint
 from algpt2.configuration_algpt2 import ALGPT2Config
-from algpt2.console import log
 from algpt2.kernels_algpt2 import Conv1D
 from algpt2.modeling_algpt2 import ALGPT2LMHeadModel, ALGPT2Model
-from algpt2.script import run_script
+from algpt2.runs.checkpoints import find_checkpoint
+from algpt2.system.console import log
+from algpt2.system.script import run_script
 
 
 class TrialConfig(ALGPT2Config):

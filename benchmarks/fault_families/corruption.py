@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from algpt2.checkpoints import newest_checkpoint
 from algpt2.errors import UserError, describe
+from algpt2.runs.checkpoints import newest_checkpoint
 
 from .harness import load_script, row
 
@@ -52,7 +52,7 @@ def make_data(folder: Path) -> None:
     from algpt2 import tokenization_algpt2
     from algpt2.configuration_algpt2 import ALGPT2Config
     from algpt2.options import PackOptions
-    from algpt2.packing import pack
+    from algpt2.shards.packing import pack
 
     draw = random.Random(0)
     for split, n_files in (("train", 20), ("valid", 4)):
