@@ -1,6 +1,6 @@
 """train_pt.py for the rows of quality.py: the same script, with architectures that are on trial.
 
-    python3 benchmarks/quality_models.py --config CONFIG ...     # every flag of train_pt.py
+    python3 -m benchmarks.quality_models --config CONFIG ...     # every flag of train_pt.py
 
 A configuration of model_type "algpt2-trial" has ALGPT2's keys and those of `TrialConfig`. With all
 of them at their defaults, and at initialization with most of them set, the model is ALGPT2.
