@@ -10,7 +10,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
-MODULES = sorted(path.stem for path in (ROOT / "algpt2").glob("*.py") if path.stem != "__init__")
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT / "algpt2").with_suffix("").parts)
+    for path in ROOT.glob("algpt2/**/*.py")
+    if path.stem != "__init__"
+)
 HEAVY = (
     "torch",
     "transformers",
