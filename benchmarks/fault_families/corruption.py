@@ -33,7 +33,7 @@ from typing import Any
 from algpt2.errors import UserError, describe
 from algpt2.runs.checkpoints import newest_checkpoint
 
-from .harness import load_script, row
+from .harness import ENVIRONMENT, load_script, row
 
 STEPS, STOPPED_AT, NEWEST, OLDER = 6, 4, "checkpoint-00000004", "checkpoint-00000003"
 LAST = f"checkpoint-{STEPS:08}"
@@ -435,6 +435,7 @@ def run(short: bool = False, seed: int = 0) -> list[dict[str, Any]]:
     """Every fault (short: one of twelve) in PyTorch, one of forty in TensorFlow; a row a family."""
     rows = run_framework("pt", 12 if short else 1, seed)
     if not short:  # the two frameworks do not share a process
+        os.environ |= ENVIRONMENT
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             rows += pool.submit(run_framework, "tf", 40, seed).result()
     return rows
