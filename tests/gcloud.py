@@ -214,10 +214,17 @@ def main(arguments: list[str]) -> int:
             return 0
         project.save()
         if what in ("INT", "TERM", "HUP", "KILL"):
-            os.kill(int((HOME / "pid").read_text()), signal.Signals[f"SIG{what}"])
-            time.sleep(0.3)  # the request is on its way while the script hears of the signal
+            service = os.fork()  # Google, which goes on also when gcloud is killed
+            if service:
+                os.kill(int((HOME / "pid").read_text()), signal.Signals[f"SIG{what}"])
+                os.waitpid(service, 0)
+                project = Project()
+                return 0
+            os.setsid()
+            time.sleep(1)
+            project = Project()
         printed = run(project, command, names, flags, what)
-        print(printed[: len(printed) // 2] if what == "half" else printed, end="")
+        print(printed[: len(printed) // 4] if what == "half" else printed, end="")
         if what == "late":  # done, but the answer is lost
             raise Refused("UNAVAILABLE: connection reset")
         return 0

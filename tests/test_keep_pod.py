@@ -122,8 +122,8 @@ ACCIDENTS = {
     "delete hangs": (["delete:1:hang"], [0], {"SETUP_S": "3"}, 0),
     "calls hang": (["describe:2:hang", "status:2:hang"], [0], {"CALL_S": "3"}, 0),
     "half answers": (
-        ["describe:2:half", "describe:5:half", "status:1:half", "status:3:half", "status:5:half"],
-        [0], {}, 0,
+        ["describe:2:half", "describe:5:half", "status:1:half", "status:3:half", "status:7:half"],
+        [137, 0], {}, 0,
     ),
     "no answers at the end": (["describe:9:fail", "describe:10:fail"], [0], {}, 0),
     "deleted by someone": (["status:3:vanish"], [0], {}, 0),
