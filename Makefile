@@ -45,7 +45,7 @@ test-tf218: venv
 	  .venv-tf218/bin/python -m pip install --progress-bar off -r requirements-tpu-pod.txt $$(grep -o '^pytest==[0-9.]*' requirements.txt) && \
 	  cp requirements-tpu-pod.txt .venv-tf218/built-from.txt; fi
 	PYTORCH=$(CURDIR)/$(PY) .venv-tf218/bin/python -m pytest -W "ignore:You are using a Python version:FutureWarning" \
-	  tests/test_modeling_tf.py tests/test_training_tf.py
+	  tests/test_modeling_tf.py tests/training/test_trainer_tf.py
 
 lint: venv
 	$(PY) -m ruff check .

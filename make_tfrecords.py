@@ -28,7 +28,7 @@ from dataclasses import asdict
 
 from algpt2.errors import UserError
 from algpt2.options import DEFAULT_TOKENIZER, PackOptions, parse
-from algpt2.script import run_script
+from algpt2.system.script import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def pack_text(options: PackOptions) -> None:
     """Pack `--path` into `--save_path`."""
     # Imported after the options are parsed, so that --help answers at once.
-    from algpt2.console import log
-    from algpt2.packing import pack
+    from algpt2.shards.packing import pack
+    from algpt2.system.console import log
     from algpt2.tokenization_algpt2 import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer or DEFAULT_TOKENIZER)
@@ -58,9 +58,9 @@ def pack_text(options: PackOptions) -> None:
 
 def check(options: PackOptions) -> None:
     """Read every byte of `--verify`; `UserError` if anything is wrong."""
-    from algpt2.console import log
-    from algpt2.parallel import available_cores
-    from algpt2.tfrecords import verify
+    from algpt2.shards.tfrecords import verify
+    from algpt2.system.console import log
+    from algpt2.system.parallel import available_cores
     from algpt2.tokenization_algpt2 import load_tokenizer
 
     fingerprint = load_tokenizer(options.tokenizer).fingerprint if options.tokenizer else None

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from algpt2.checkpoints import METRICS_FILE
 from algpt2.errors import UserError
 from algpt2.options import PlotOptions, parse
-from algpt2.report import read_json_lines
-from algpt2.script import run_script
+from algpt2.runs.checkpoints import METRICS_FILE
+from algpt2.runs.report import read_json_lines
+from algpt2.system.script import run_script
 
 LABELS = {"tokens": "training tokens", "step": "optimizer steps", "elapsed_s": "training time (s)"}
 

@@ -13,7 +13,7 @@ Repeat a command and the run continues where it stopped; a finished run says so.
 from collections.abc import Sequence
 
 from algpt2.options import TrainOptions, parse
-from algpt2.script import run_script
+from algpt2.system.script import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -28,12 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def train(options: TrainOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
-    from algpt2.batches import RowInputs
-    from algpt2.model_card import check_hub
-    from algpt2.processes_pt import start_processes
-    from algpt2.run import Run
-    from algpt2.start import find_start, open_both
-    from algpt2.trainer_pt import Trainer
+    from algpt2.export.model_card import check_hub
+    from algpt2.runs.run import Run
+    from algpt2.runs.start import find_start, open_both
+    from algpt2.shards.batches import RowInputs
+    from algpt2.system.processes_pt import start_processes
+    from algpt2.training.trainer_pt import Trainer
 
     processes = start_processes(options)
     check_hub(options.report.push_to_hub)
@@ -48,13 +48,13 @@ def train(options: TrainOptions) -> int | None:
 
 def evaluate_only(options: TrainOptions) -> None:
     """Print and save one table of what a checkpoint scores on --val_path or --eval_sets."""
-    from algpt2.model_card import check_hub, publish_evaluation
-    from algpt2.processes_pt import start_processes
-    from algpt2.results import ResultFiles
-    from algpt2.scoring_pt import evaluation_model
-    from algpt2.sets import Evaluator, choose_sets
-    from algpt2.start import find_start
-    from algpt2.trainer_pt import build_model
+    from algpt2.evaluation.results import ResultFiles
+    from algpt2.evaluation.scoring_pt import evaluation_model
+    from algpt2.evaluation.sets import Evaluator, choose_sets
+    from algpt2.export.model_card import check_hub, publish_evaluation
+    from algpt2.runs.start import find_start
+    from algpt2.system.processes_pt import start_processes
+    from algpt2.training.trainer_pt import build_model
 
     processes = start_processes(options)
     check_hub(options.report.push_to_hub)
@@ -74,11 +74,11 @@ def evaluate_only(options: TrainOptions) -> None:
 
 def sample_only(options: TrainOptions) -> None:
     """Print samples of a checkpoint."""
-    from algpt2.processes_pt import start_processes
-    from algpt2.sampling import print_samples
-    from algpt2.sampling_pt import sample_texts
-    from algpt2.start import find_start
-    from algpt2.trainer_pt import build_model
+    from algpt2.evaluation.sampling import print_samples
+    from algpt2.evaluation.sampling_pt import sample_texts
+    from algpt2.runs.start import find_start
+    from algpt2.system.processes_pt import start_processes
+    from algpt2.training.trainer_pt import build_model
 
     processes, start = start_processes(options), find_start(options)
     model = build_model(start).to(processes.device)

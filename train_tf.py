@@ -14,7 +14,7 @@ those of train_pt.py: a run begun there continues here, and the other way round.
 from collections.abc import Sequence
 
 from algpt2.options import TFTrainOptions, parse
-from algpt2.script import import_tensorflow, run_script
+from algpt2.system.script import import_tensorflow, run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -30,12 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def train(options: TFTrainOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
-    from algpt2.input_tf import RowInputs
-    from algpt2.model_card import check_hub
-    from algpt2.processes_tf import start_processes
-    from algpt2.run import Run
-    from algpt2.start import find_start, open_both
-    from algpt2.trainer_tf import Trainer
+    from algpt2.export.model_card import check_hub
+    from algpt2.runs.run import Run
+    from algpt2.runs.start import find_start, open_both
+    from algpt2.shards.inputs_tf import RowInputs
+    from algpt2.system.processes_tf import start_processes
+    from algpt2.training.trainer_tf import Trainer
 
     processes = start_processes(options)
     check_hub(options.report.push_to_hub)
@@ -50,13 +50,13 @@ def train(options: TFTrainOptions) -> int | None:
 
 def evaluate_only(options: TFTrainOptions) -> None:
     """Print and save one table of what a checkpoint scores on --val_path or --eval_sets."""
-    from algpt2.model_card import check_hub, publish_evaluation
-    from algpt2.processes_tf import start_processes
-    from algpt2.results import ResultFiles
-    from algpt2.scoring_tf import evaluation_model
-    from algpt2.sets import Evaluator, choose_sets
-    from algpt2.start import find_start
-    from algpt2.trainer_tf import build_model
+    from algpt2.evaluation.results import ResultFiles
+    from algpt2.evaluation.scoring_tf import evaluation_model
+    from algpt2.evaluation.sets import Evaluator, choose_sets
+    from algpt2.export.model_card import check_hub, publish_evaluation
+    from algpt2.runs.start import find_start
+    from algpt2.system.processes_tf import start_processes
+    from algpt2.training.trainer_tf import build_model
 
     processes = start_processes(options)
     check_hub(options.report.push_to_hub)
@@ -75,11 +75,11 @@ def evaluate_only(options: TFTrainOptions) -> None:
 
 def sample_only(options: TFTrainOptions) -> None:
     """Print samples of a checkpoint."""
-    from algpt2.processes_tf import start_processes
-    from algpt2.sampling import print_samples
-    from algpt2.sampling_tf import sample_texts
-    from algpt2.start import find_start
-    from algpt2.trainer_tf import build_model
+    from algpt2.evaluation.sampling import print_samples
+    from algpt2.evaluation.sampling_tf import sample_texts
+    from algpt2.runs.start import find_start
+    from algpt2.system.processes_tf import start_processes
+    from algpt2.training.trainer_tf import build_model
 
     processes, start = start_processes(options), find_start(options)
     model = build_model(start, processes.dtype)

@@ -16,17 +16,17 @@ Repeat a command (on every worker) and the run continues where it stopped; a fin
 from collections.abc import Sequence
 
 from algpt2.options import TFRecordOptions, parse
-from algpt2.script import import_tensorflow, run_script
+from algpt2.system.script import import_tensorflow, run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Train or evaluate as the options say; returns the exit code."""
     options = parse(TFRecordOptions, argv, __doc__)
     if options.dry_run:
-        from algpt2 import dry_run
+        from algpt2.tpu import dry_run
 
         tpu = dry_run.check_command(options)  # before TensorFlow is imported
-        from algpt2 import dry_run_tf
+        from algpt2.tpu import dry_run_tf
 
         return dry_run_tf.run(options, tpu)
     import_tensorflow()
@@ -35,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def train(flags: TFRecordOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
-    from algpt2.console import log
-    from algpt2.input_tf import FileRows, ShardInputs, check_shards, find_shards
-    from algpt2.processes_tf import start_processes
-    from algpt2.run import Run
-    from algpt2.start import Start
-    from algpt2.trainer_tf import Trainer
+    from algpt2.runs.run import Run
+    from algpt2.runs.start import Start
+    from algpt2.shards.inputs_tf import FileRows, ShardInputs, check_shards, find_shards
+    from algpt2.system.console import log
+    from algpt2.system.processes_tf import start_processes
+    from algpt2.training.trainer_tf import Trainer
 
     options, n_rows = flags.train_options(), flags.optim.train_len
     processes = start_processes(options, flags.tpu)
@@ -62,14 +62,14 @@ def train(flags: TFRecordOptions) -> int | None:
 
 def evaluate_only(flags: TFRecordOptions) -> None:
     """Print and save one table of loss, perplexities and bits per byte of a checkpoint."""
-    from algpt2.console import Progress
-    from algpt2.input_tf import FileRows, check_shards, find_shards
-    from algpt2.model_card import publish_evaluation
-    from algpt2.processes_tf import start_processes
-    from algpt2.results import ResultFiles
-    from algpt2.sets import evaluation_of_rows
-    from algpt2.start import Start
-    from algpt2.trainer_tf import build_model, evaluate
+    from algpt2.evaluation.results import ResultFiles
+    from algpt2.evaluation.sets import evaluation_of_rows
+    from algpt2.export.model_card import publish_evaluation
+    from algpt2.runs.start import Start
+    from algpt2.shards.inputs_tf import FileRows, check_shards, find_shards
+    from algpt2.system.console import Progress
+    from algpt2.system.processes_tf import start_processes
+    from algpt2.training.trainer_tf import build_model, evaluate
 
     options = flags.train_options()
     start = Start.find(options.model)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from algpt2.options import TokenizerOptions, parse
-from algpt2.script import run_script
+from algpt2.system.script import run_script
 
 if TYPE_CHECKING:
-    from algpt2.parts import CorpusCounts
+    from algpt2.corpus.parts import CorpusCounts
     from algpt2.tokenization_algpt2 import TextTokenizer
 
 HELD_OUT_FRACTION = 0.01  # of the documents, by hash: bytes per token is measured on them
@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, save and measure the tokenizer that the options describe."""
     options = parse(TokenizerOptions, argv, __doc__)
     # Imported after the options are parsed, so that --help answers at once.
-    from algpt2.console import log
-    from algpt2.documents import documents
-    from algpt2.parts import CorpusCounts, Reading
+    from algpt2.corpus.documents import documents
+    from algpt2.corpus.parts import CorpusCounts, Reading
+    from algpt2.system.console import log
     from algpt2.tokenization_algpt2 import END_OF_TEXT, load_tokenizer, save, train
 
     for name, value in asdict(options).items():
@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def shown(texts: Iterable[str], max_bytes: int | None, counts: "CorpusCounts") -> Iterator[str]:
     """Pass on at most `max_bytes` of `texts`, with a progress bar; then log `counts`."""
-    from algpt2.console import Progress, log
-    from algpt2.documents import first_bytes
+    from algpt2.corpus.documents import first_bytes
+    from algpt2.system.console import Progress, log
 
     start_s = time.monotonic()
     with Progress("read", total=max_bytes, unit="B") as progress:
@@ -74,7 +74,7 @@ def shown(texts: Iterable[str], max_bytes: int | None, counts: "CorpusCounts") -
 
 def hold_out(texts: Iterable[str], held_out: list[str]) -> Iterator[str]:
     """Pass on `texts`, but put a small part of them, never the first, into `held_out`."""
-    from algpt2.docstrings import hash_fraction
+    from algpt2.corpus.docstrings import hash_fraction
 
     n_bytes = 0
     for n, text in enumerate(texts):

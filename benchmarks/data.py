@@ -33,7 +33,7 @@ from pathlib import Path
 
 from harness import ROOT, save
 
-from algpt2.console import table
+from algpt2.system.console import table
 
 METHODS = {
     "ours": 1, "ours, 2": 1, "ours, xz": 1, "xz -dc": 1, "ceiling": 1, "common": 10, "original": 100
@@ -67,7 +67,7 @@ def archive_of(paths: list[str]) -> str:
 
 def ceiling(paths: list[str], folder: Path) -> int:
     """List the files, read and encode each, keep nothing."""
-    from algpt2.encoders import FastEncoder
+    from algpt2.shards.encoders import FastEncoder
     from algpt2.tokenization_algpt2 import load_tokenizer
 
     encoder = FastEncoder(load_tokenizer(TOKENIZER))._encoder
@@ -83,7 +83,7 @@ def bytes_per_token(folder: Path) -> dict[str, float]:
 
     import numpy as np
 
-    from algpt2.tfrecords import open_rows
+    from algpt2.shards.tfrecords import open_rows
 
     rows = open_rows(folder)
     ids = rows[np.arange(min(len(rows), 4_000_000 // SEQ_LEN))][:, :-1]

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from algpt2.console import table
+from algpt2.system.console import table
 
 ROWS_PER_FILE = 10_000
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import tyro
 
-from algpt2.console import table
 from algpt2.errors import UserError, describe
-from algpt2.script import run_script
+from algpt2.system.console import table
+from algpt2.system.script import run_script
 
 Ids = list[int]
 
@@ -39,7 +39,7 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Export, generate with every tool, print the table; 1 if a tool's text differs."""
     options = tyro.cli(Options, args=argv, use_underscores=True)
-    from algpt2.convert_pt import export_gpt2
+    from algpt2.export.convert_pt import export_gpt2
 
     clients: dict[str, Callable[[Path, list[Ids], Options], list[str]]] = {
         "transformers GPT2LMHeadModel": with_transformers,
@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generate_here(options: Options) -> tuple[list[Ids], list[str]]:
     """Prompts as ids and their greedy continuations by ALGPT2 itself."""
     from algpt2.options import ModelOptions, TrainOptions
-    from algpt2.start import find_start
-    from algpt2.trainer_pt import build_model
+    from algpt2.runs.start import find_start
+    from algpt2.training.trainer_pt import build_model
 
     model = ModelOptions(checkpoint=options.checkpoint)
     start = find_start(TrainOptions(model=model, sample_only=True))

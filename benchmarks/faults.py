@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fault_families import corruption, fuzz, kills, ray_cluster
 
-from algpt2.model_card import markdown_table
+from algpt2.system.console import markdown_table
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 FAMILIES: dict[str, Callable[[bool, int], Iterable[dict]]] = {
@@ -36,7 +36,7 @@ def markdown(results: dict[str, list[dict]]) -> str:
         for rows in results.values()
         for row in rows
     ]
-    return markdown_table(["fault", "what", *COUNTS, ""], lines)
+    return markdown_table([["fault", "what", *COUNTS, ""], *lines])
 
 
 COUNTS = ["injected", "survived", "lost"]

@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 from harness import save
 
-from algpt2.console import table
+from algpt2.system.console import table
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ def build(config: str) -> dict[str, tuple[Any, bool]]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from algpt2.configuration_algpt2 import ALGPT2Config
-    from algpt2.convert import GPT2_KEYS
+    from algpt2.export.convert import GPT2_KEYS
     from algpt2.modeling_algpt2 import ALGPT2LMHeadModel
-    from algpt2.start import find_config_folder
+    from algpt2.runs.start import find_config_folder
 
     torch.manual_seed(0)
     ours = ALGPT2Config.from_pretrained(find_config_folder(config))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from algpt2.tfrecords import FORMAT_VERSION, Manifest, open_rows, write_manifest, write_shard
+from algpt2.shards.tfrecords import FORMAT_VERSION, Manifest, open_rows, write_manifest, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,7 +120,7 @@ def result(seconds: list[float], options: Options) -> dict[str, float]:
 def no_dropout(config: str) -> Any:
     """The configuration of that name without dropout."""
     from algpt2.configuration_algpt2 import ALGPT2Config
-    from algpt2.start import find_config_folder
+    from algpt2.runs.start import find_config_folder
 
     rates = dict.fromkeys(["attn_pdrop", "embd_pdrop", "resid_pdrop"], 0.0)
     return ALGPT2Config.from_pretrained(find_config_folder(config), **rates)
@@ -130,12 +130,12 @@ def measure_train_pt(config: str, options: Options) -> dict[str, float]:
     """`train_step` as train_pt.py runs it."""
     import torch
 
-    from algpt2.batches import RowInputs
     from algpt2.modeling_algpt2 import ALGPT2LMHeadModel
-    from algpt2.optimizers_pt import build_optimizer
     from algpt2.options import OptimOptions, TrainOptions
-    from algpt2.processes_pt import start_processes
-    from algpt2.trainer_pt import Trainer
+    from algpt2.shards.batches import RowInputs
+    from algpt2.system.processes_pt import start_processes
+    from algpt2.training.optimizers_pt import build_optimizer
+    from algpt2.training.trainer_pt import Trainer
 
     optim = OptimOptions(batch_size=options.batch_size, lr=1e-4)
     train_options = TrainOptions(optim=optim)

@@ -22,9 +22,9 @@ from pathlib import Path
 import tyro
 from harness import ROOT, save
 
-from algpt2.checkpoints import find_checkpoint
-from algpt2.console import table
-from algpt2.detokenizers import wikitext
+from algpt2.runs.checkpoints import find_checkpoint
+from algpt2.shards.detokenizers import wikitext
+from algpt2.system.console import table
 
 TASK = """task: {name}
 dataset_path: json

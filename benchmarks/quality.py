@@ -41,12 +41,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from algpt2.console import table
 from algpt2.errors import EXIT_NON_FINITE, EXIT_STOPPED, UserError
-from algpt2.files import CHECKSUM, read_record, write_record
-from algpt2.report import METRICS_FILE, RUN_FILE, read_json_lines
-from algpt2.script import run_script
-from algpt2.tfrecords import MANIFEST_FILE
+from algpt2.runs.report import METRICS_FILE, RUN_FILE, read_json_lines
+from algpt2.shards.tfrecords import MANIFEST_FILE
+from algpt2.system.console import table
+from algpt2.system.files import CHECKSUM, read_record, write_record
+from algpt2.system.script import run_script
 from benchmarks.quality_rows import SCALES, Row, rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,7 +242,8 @@ class Study:
     def train(self, run: Run) -> int:
         """One run, new or continued; its exit code, 0 if it finished or diverged."""
         print(f"{run.name}: start", flush=True)
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.options.threads)}
+        threads, path = str(self.options.threads), str(ROOT)
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
         with (self.runs_dir / f"{run.name}.log").open("a") as log:
             child = subprocess.Popen(
                 self.command(run), cwd=self.runs_dir, env=environment, stdout=log, stderr=log
@@ -282,12 +283,11 @@ class Study:
             flags["max_minutes"] = max(1e-3, (self.end_s - time.monotonic()) / 60)
         if row.start:
             flags["init_from"] = self.best_run(row.start, self.results()).name
-        script = str(Path(__file__).with_name("quality_models.py"))
         if self.options.device:
             flags |= {"device": self.options.device, "precision": scale.precision}
         flags |= row.flags
         given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-        return [sys.executable, script, *given, *scale.flags]
+        return [sys.executable, "-m", "benchmarks.quality_models", *given, *scale.flags]
 
     def prepare(self) -> None:
         """Tokenizer and shards of the scale, once."""

@@ -1,6 +1,6 @@
 """train_pt.py for the rows of quality.py: the same script, with architectures that are on trial.
 
-    python3 benchmarks/quality_models.py --config CONFIG ...     # every flag of train_pt.py
+    python3 -m benchmarks.quality_models --config CONFIG ...     # every flag of train_pt.py
 
 A configuration of model_type "algpt2-trial" has ALGPT2's keys and those of `TrialConfig`. With all
 of them at their defaults, and at initialization with most of them set, the model is ALGPT2.
@@ -19,12 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 import train_pt
-from algpt2.checkpoints import find_checkpoint
 from algpt2.configuration_algpt2 import ALGPT2Config
-from algpt2.console import log
 from algpt2.kernels_algpt2 import Conv1D
 from algpt2.modeling_algpt2 import ALGPT2LMHeadModel, ALGPT2Model
-from algpt2.script import run_script
+from algpt2.runs.checkpoints import find_checkpoint
+from algpt2.system.console import log
+from algpt2.system.script import run_script
 
 
 class TrialConfig(ALGPT2Config):

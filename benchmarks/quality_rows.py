@@ -115,11 +115,23 @@ def one_over_visits(layer_map: Sequence[int]) -> dict[str, float]:
 # --- rows ----------------------------------------------------------------------------------------
 
 
+# One of each kind, so that the first day's runs tell what the others are worth.
+FIRST = (
+    "unshared", "shared", "layers-1", "layers-4", "cycle-4", "cycle-2", "middle-1-2-1",
+    "shared-own", "cycle-4-streams2", "middle-1-2-1-streams2", "attn1-mlp6", "unshared-muon",
+    "shared-muon", "shared-1N", "unshared-init4", "shared-E4", "cycle-3", "wide-2", "width-2of4",
+    "layers-2", "shared-streams4", "sequence-4", "cycle-rev-4", "attn6-mlp3", "cycle-2-distilled",
+    "shared-reinject", "shared-lora8", "unshared-dropout",
+)  # fmt: skip
+
+
 def rows(scale: Scale) -> dict[str, Row]:
     """All arms at a scale by name, in the order in which they run."""
     groups = (_first, _baselines, _maps, _own, _streams, _halves, _larger, _embeddings,
               _optimizers, _starts)  # fmt: skip
-    return {row.name: row for group in groups for row in group(scale)}
+    found = {row.name: row for group in groups for row in group(scale)}
+    first = [name for name in FIRST if name in found]
+    return {name: found[name] for name in dict.fromkeys([*first, *found])}
 
 
 def trial(**keys: Any) -> dict[str, Any]:

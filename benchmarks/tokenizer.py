@@ -27,7 +27,7 @@ from pathlib import Path
 import tyro
 from harness import save
 
-from algpt2.console import table
+from algpt2.system.console import table
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def alternate(options: Options) -> dict[str, dict]:
 
 def write_files(source: Sequence[str], n_files: int, folder: Path) -> int:
     """Cut the text of `source` into `n_files` files of about the same size; its bytes."""
-    from algpt2.documents import documents
+    from algpt2.corpus.documents import documents
 
     text = "\n".join(documents(source))
     size = -(-len(text) // n_files)
@@ -157,7 +157,7 @@ def result_table(results: dict[str, dict]) -> str:
 
 def compare_vocabularies(vocabularies: Sequence[str], sets: Sequence[str]) -> str:
     """Bytes per token of each vocabulary on each set."""
-    from algpt2.documents import documents
+    from algpt2.corpus.documents import documents
     from algpt2.tokenization_algpt2 import load_tokenizer
 
     lines = [["bytes per token", "entries", *(Path(name).name for name in sets)]]

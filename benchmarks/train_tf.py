@@ -35,8 +35,8 @@ from harness import (
     write_shards,
 )
 
-from algpt2.console import table
-from algpt2.tfrecords import open_rows
+from algpt2.shards.tfrecords import open_rows
+from algpt2.system.console import table
 
 # A v3-128: 16 hosts, 64 chips of 123 TFLOP/s in bfloat16 (Google's figure).
 POD_HOSTS, POD_FLOPS, POD_SHARE = 16, 64 * 123e12, 0.4
@@ -94,12 +94,12 @@ def measure_input(results: dict, options: Options) -> dict[str, float]:
 
 def measure_train_tf(config: str, options: Options) -> dict[str, float]:
     """`train_step` as train_tf.py runs it."""
-    from algpt2.input_tf import RowInputs
     from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
-    from algpt2.optimizers_tf import build_optimizer
     from algpt2.options import OptimOptions, TFTrainOptions
-    from algpt2.processes_tf import start_processes
-    from algpt2.trainer_tf import Trainer
+    from algpt2.shards.inputs_tf import RowInputs
+    from algpt2.system.processes_tf import start_processes
+    from algpt2.training.optimizers_tf import build_optimizer
+    from algpt2.training.trainer_tf import Trainer
 
     optim = OptimOptions(batch_size=options.batch_size, lr=1e-4)
     train_options = TFTrainOptions(optim=optim)
@@ -179,14 +179,14 @@ def measure_products(config: str, options: Options) -> dict[str, float]:
 
 def measure_shards(config: str, options: Options) -> dict[str, float]:
     """The input of train_tfrecords.py: the shards as a tf.data stream."""
-    from algpt2.input_tf import ShardInputs, find_shards
+    from algpt2.shards.inputs_tf import ShardInputs, find_shards
 
     return time_inputs(config, options, lambda folder: find_shards("", [folder]), ShardInputs)
 
 
 def measure_rows(config: str, options: Options) -> dict[str, float]:
     """The input of train_tf.py: rows by their number."""
-    from algpt2.input_tf import RowInputs
+    from algpt2.shards.inputs_tf import RowInputs
 
     return time_inputs(config, options, open_rows, RowInputs)
 
@@ -199,7 +199,7 @@ def time_inputs(
     The rows: 16 shards of 1,024 random rows of 1,024 tokens, 34 MB.
     """
     from algpt2.options import OptimOptions, TFTrainOptions
-    from algpt2.processes_tf import start_processes
+    from algpt2.system.processes_tf import start_processes
 
     draw, vocab_size, n = np.random.default_rng(0), no_dropout(config).vocab_size, 10
     rows = (draw.integers(0, vocab_size, (1024, 1025)).astype(np.uint16) for _ in range(16))

@@ -50,7 +50,7 @@ def corpus(tmp_path_factory):
 def tokenizer_folder(corpus, tmp_path_factory):
     """A byte-level BPE tokenizer of 300 entries trained on the corpus."""
     from algpt2 import tokenization_algpt2
-    from algpt2.documents import documents
+    from algpt2.corpus.documents import documents
 
     folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
     texts = documents(str(corpus / "train"))

@@ -1,7 +1,8 @@
 """A training run in formulas: the weights, rows and options behind golden_losses.txt.
 
-Both frameworks must give its ten losses. After a change that is meant to change them, write what
-`python3 -m pytest tests/test_training_pt.py -k golden` says it found, and say why in the commit.
+Both frameworks must give its ten losses. After a change that is meant to change them, write the
+losses that `python3 -m pytest tests/training/test_trainer_pt.py -k golden` found into the file,
+and say why in the commit.
 """
 
 from pathlib import Path

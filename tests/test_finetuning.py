@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_pt
-from algpt2 import console
 from algpt2.errors import UserError
+from algpt2.evaluation.sampling_pt import sample_texts
 from algpt2.options import DataOptions, SampleOptions
-from algpt2.sampling_pt import sample_texts
-from algpt2.start import open_or_pack
-from algpt2.tfrecords import open_rows
+from algpt2.runs.start import open_or_pack
+from algpt2.shards.tfrecords import open_rows
+from algpt2.system import console
 from algpt2.tokenization_algpt2 import load_tokenizer
 
 CODES = ("<|wiki|>", "<|code|>")
@@ -150,7 +150,7 @@ def test_finetuning_adds_codes_compares_and_continues(flags, two_texts, tmp_path
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_rows_are_the_mean_of_the_old(config_folder, tokenizer, tied):
     from algpt2 import ALGPT2Config, ALGPT2LMHeadModel
-    from algpt2.trainer_pt import add_embeddings
+    from algpt2.training.trainer_pt import add_embeddings
 
     config = ALGPT2Config.from_pretrained(config_folder, tie_word_embeddings=tied)
     model = ALGPT2LMHeadModel(config)

@@ -15,15 +15,16 @@ from pathlib import Path
 import pytest
 
 import train_pt
-from algpt2 import memory, trainer_pt
-from algpt2.checkpoints import STATE_FILE
-from algpt2.documents import documents
+from algpt2.corpus.documents import documents
 from algpt2.errors import UserError
-from algpt2.files import write_record
 from algpt2.options import ModelOptions, PackOptions, TrainOptions, parse
-from algpt2.start import Start
-from algpt2.tfrecords import read_manifest
+from algpt2.runs.checkpoints import STATE_FILE
+from algpt2.runs.start import Start
+from algpt2.shards.tfrecords import read_manifest
+from algpt2.system import memory
+from algpt2.system.files import write_record
 from algpt2.tokenization_algpt2 import load_tokenizer
+from algpt2.training import trainer_pt
 from benchmarks.fault_families import fuzz
 from benchmarks.fault_families.corruption import flags, make_data
 
@@ -238,7 +239,9 @@ def test_a_name_that_is_not_utf8_can_be_printed():
     import subprocess
     import sys
 
-    code = "from algpt2.script import run_script\nrun_script(lambda argv: print('caf\\udce9'))"
+    code = (
+        "from algpt2.system.script import run_script\nrun_script(lambda argv: print('caf\\udce9'))"
+    )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT,
                              env=os.environ | {"PYTHONIOENCODING": "utf-8"})  # fmt: skip
     assert (process.returncode, process.stdout) == (0, b"caf\\udce9\n")

@@ -96,6 +96,47 @@ def test_a_run_goes_on_where_it_stopped_and_is_collected_tabulated_and_drawn(
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
+def finish(folder, name, loss):
+    """A finished run of one line."""
+    (folder / "tiny" / name).mkdir(parents=True)
+    run = {"steps": 5, "parameters": 7, "virtual_parameters": 9, "flops_per_token": 3}
+    (folder / "tiny" / name / "run.json").write_text(json.dumps(run))
+    line = {"step": 5, "tokens": 10, "val_loss": loss, "val_bpb": loss / 2, "tokens_per_s": 1.0}
+    (folder / "tiny" / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+
+def test_seeds_come_when_the_sweep_is_over_and_pupils_when_the_teacher_is_here(tmp_path):
+    runs, committed = tmp_path / "runs", tmp_path / "committed"
+
+    def queue(*names):
+        options = quality.Options(
+            "run", names, scale="tiny", runs_dir=str(runs), committed=str(committed)
+        )
+        study = quality.Study(options)
+        return [run.name for run in study.queue(study.results())]
+
+    sweep = [f"unshared-lr{lr}-seed42" for lr in ("0.004", "0.008", "0.002")]
+    assert queue("unshared", "shared-distilled") == sweep
+    for name, loss in zip(sweep, (3.0, 3.5, 3.25), strict=True):
+        finish(committed, name, loss)
+    seeds = ["unshared-lr0.004-seed43", "unshared-lr0.004-seed44"]
+    assert queue("unshared") == seeds
+    assert queue("unshared", "shared")[-2:] == seeds  # after every sweep
+    assert queue("shared-distilled") == []  # the teacher's weights are not on this machine
+    finish(runs, sweep[0], 3.0)
+    assert queue("shared-distilled")[0] == "shared-distilled-lr0.004-seed42"
+
+
+def test_a_row_is_summed_up_by_its_best_rate_and_the_range_of_its_seeds(tmp_path):
+    for name, loss in (("lr0.004-seed42", 3.0), ("lr0.008-seed42", 3.5), ("lr0.004-seed43", 3.25)):
+        finish(tmp_path, f"shared-{name}", loss)
+    study = quality.Study(quality.Options("table", scale="tiny", committed=str(tmp_path)))
+    row = quality.summarize(study.results(study.committed), study.rows)["shared"]
+    assert (row["val_loss"], row["spread"], row["lr"], row["seeds"]) == (3.125, 0.25, 0.004, 2)
+    assert row["losses"] == {0.004: 3.0, 0.008: 3.5}
+    assert "3.1250" in study.table()
+
+
 def test_a_run_that_diverged_is_a_result(tmp_path):
     folder = tmp_path / "shared-lr1-seed42"
     folder.mkdir()

@@ -10,7 +10,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
-MODULES = sorted(path.stem for path in (ROOT / "algpt2").glob("*.py") if path.stem != "__init__")
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.glob("algpt2/**/*.py")
+)
+TENSORFLOW = [name for name in MODULES if name.endswith("_tf") or "_tf_" in name]
+TORCH = [  # transformers' configuration classes import torch where it is installed
+    name
+    for name in MODULES
+    if name.endswith(("_pt", "kernels_algpt2", "modeling_algpt2", "configuration_algpt2"))
+    and name not in TENSORFLOW
+]
+PLAIN = [name for name in MODULES if name not in TENSORFLOW + TORCH]
 HEAVY = (
     "torch",
     "transformers",
@@ -48,17 +58,20 @@ print("heavy:", [name for name in {HEAVY} if name in sys.modules])
     assert printed.endswith("heavy: []\n")
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_the_frameworks_of_its_name_only(module):
-    code = f"import sys, algpt2.{module}; print([*{{'torch', 'tensorflow'}} & sys.modules.keys()])"
-    imported = ast.literal_eval(python(code).splitlines()[-1])
-    is_torch = module.endswith("_pt") or module in ("kernels_algpt2", "modeling_algpt2")
-    is_tensorflow = module.endswith("_tf") or "_tf_" in module
-    # transformers' configuration classes import torch where it is installed.
-    allowed = ["torch"] * (is_torch or module == "configuration_algpt2") + [
-        "tensorflow"
-    ] * is_tensorflow
-    assert set(imported) <= set(allowed)
+@pytest.mark.parametrize(
+    ("allowed", "modules"), [([], PLAIN), (["torch"], TORCH), (["tensorflow"], TENSORFLOW)]
+)
+def test_a_module_imports_the_frameworks_of_its_name_only(allowed, modules):
+    """Through libraries too: tests/test_imports.py sees the import statements of this project."""
+    code = f"""
+import importlib, sys
+for module in {modules}:
+    importlib.import_module(module)
+    found = {{'torch', 'tensorflow'}} & sys.modules.keys()
+    if found - {{*{allowed}}}:
+        sys.exit(f"{{module}} imports {{found}}")
+"""
+    python(code)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -79,7 +92,7 @@ def test_tensorflow_says_nothing_before_the_scripts_do(script, tmp_path):
 def test_the_two_trainers_have_the_same_names_in_the_same_order():
     columns = []
     for framework in ("pt", "tf"):
-        tree = ast.parse((ROOT / f"algpt2/trainer_{framework}.py").read_text())
+        tree = ast.parse((ROOT / f"algpt2/training/trainer_{framework}.py").read_text())
         columns.append([node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)])
     pt, tf = columns
     shared = {*pt} & {*tf}

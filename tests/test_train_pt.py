@@ -167,7 +167,7 @@ def test_an_environment_that_is_not_torchruns_is_a_user_error(
 def test_shards_of_another_tokenizer_or_length_are_refused(flags, corpus, tmp_path):
     import make_tfrecords
     from algpt2 import tokenization_algpt2
-    from algpt2.documents import documents
+    from algpt2.corpus.documents import documents
 
     texts = documents(str(corpus / "valid"))
     tokenization_algpt2.save(tokenization_algpt2.train(texts, vocab_size=300), tmp_path / "other")
@@ -199,7 +199,7 @@ def test_a_folder_with_other_files_is_not_written_to(flags, tmp_path):
 
 
 def test_a_full_disk_keeps_what_was_complete(flags, tmp_path, monkeypatch):
-    from algpt2.trainer_pt import Trainer
+    from algpt2.training.trainer_pt import Trainer
 
     train_pt.main(flags(max_minutes=1e-9))
     with monkeypatch.context() as patch:
@@ -251,8 +251,8 @@ def test_evaluation_and_samples_of_a_run(flags, corpus, tmp_path, capsys):
 
 def test_sampling_slides_past_the_context(config_folder, tokenizer_folder):
     from algpt2 import ALGPT2Config, ALGPT2LMHeadModel
+    from algpt2.evaluation.sampling_pt import sample_tokens
     from algpt2.options import SampleOptions
-    from algpt2.sampling_pt import sample_tokens
     from algpt2.tokenization_algpt2 import load_tokenizer
 
     torch.manual_seed(0)

@@ -16,13 +16,14 @@ from helpers import CHECKPOINT_FILES, RUN_FILES, as_flags, final_bytes, metrics
 from safetensors.numpy import load_file
 
 import train_tf
-from algpt2 import console, trainer_tf
 from algpt2.configuration_algpt2 import ALGPT2Config
 from algpt2.errors import EXIT_STOPPED, UserError
 from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
 from algpt2.options import PackOptions
-from algpt2.packing import pack
+from algpt2.shards.packing import pack
+from algpt2.system import console
 from algpt2.tokenization_algpt2 import load_tokenizer
+from algpt2.training import trainer_tf
 
 ROOT = Path(train_tf.__file__).parent
 STEPS = {"AdamW": 50, "SGD": 12, "Muon": 12, "Adafactor": 12}
@@ -119,7 +120,7 @@ import json, sys
 from transformers import AutoModelForCausalLM
 import algpt2
 from algpt2.options import SampleOptions
-from algpt2.sampling_pt import sample_tokens
+from algpt2.evaluation.sampling_pt import sample_tokens
 from algpt2.tokenization_algpt2 import load_tokenizer
 algpt2.register()
 model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval(), load_tokenizer(sys.argv[1])
@@ -129,9 +130,9 @@ open(sys.argv[3], "w").write(json.dumps(found))
 
 
 def test_greedy_tokens_are_those_of_pytorch_past_the_context_too(frameworks, tmp_path):
+    from algpt2.evaluation.sampling_tf import sample_tokens
     from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
     from algpt2.options import SampleOptions
-    from algpt2.sampling_tf import sample_tokens
     from algpt2.tokenization_algpt2 import load_tokenizer
 
     folder = frameworks / "pt-AdamW" / "checkpoint-00000050"

@@ -20,12 +20,12 @@ from helpers import as_flags, final_bytes, metrics
 import make_tfrecords
 import train_tf
 import train_tfrecords
-from algpt2 import strategy_tf
 from algpt2.errors import EXIT_STOPPED, UserError
-from algpt2.input_tf import ShardInputs, check_shards, find_shards, host_rows, parse_rows
 from algpt2.options import OptimOptions, TFTrainOptions
-from algpt2.processes_tf import Processes
-from algpt2.tfrecords import open_rows, record_dtype
+from algpt2.shards.inputs_tf import ShardInputs, check_shards, find_shards, host_rows, parse_rows
+from algpt2.shards.tfrecords import open_rows, record_dtype
+from algpt2.system import strategy_tf
+from algpt2.system.processes_tf import Processes
 
 ROOT = Path(train_tfrecords.__file__).parent
 
@@ -411,7 +411,7 @@ def test_a_worker_that_waits_for_another_says_so_and_can_be_stopped(monkeypatch)
     ports = free_ports(2)
     worker_of(monkeypatch, 1, ports)
     code = """
-from algpt2 import script, strategy_tf
+from algpt2.system import script, strategy_tf
 strategy_tf.PATIENCE_SECONDS = 0
 script.run_script(lambda _: strategy_tf.meet_workers())
 """

@@ -30,10 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from algpt2.checkpoints import newest_checkpoint
 from algpt2.errors import UserError, describe
+from algpt2.runs.checkpoints import newest_checkpoint
 
-from .harness import load_script, row
+from .harness import ENVIRONMENT, load_script, row
 
 STEPS, STOPPED_AT, NEWEST, OLDER = 6, 4, "checkpoint-00000004", "checkpoint-00000003"
 LAST = f"checkpoint-{STEPS:08}"
@@ -52,7 +52,7 @@ def make_data(folder: Path) -> None:
     from algpt2 import tokenization_algpt2
     from algpt2.configuration_algpt2 import ALGPT2Config
     from algpt2.options import PackOptions
-    from algpt2.packing import pack
+    from algpt2.shards.packing import pack
 
     draw = random.Random(0)
     for split, n_files in (("train", 20), ("valid", 4)):
@@ -435,6 +435,7 @@ def run(short: bool = False, seed: int = 0) -> list[dict[str, Any]]:
     """Every fault (short: one of twelve) in PyTorch, one of forty in TensorFlow; a row a family."""
     rows = run_framework("pt", 12 if short else 1, seed)
     if not short:  # the two frameworks do not share a process
+        os.environ |= ENVIRONMENT
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             rows += pool.submit(run_framework, "tf", 40, seed).result()
     return rows

@@ -32,8 +32,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from algpt2.checkpoints import STATE_FILE
 from algpt2.errors import UserError
+from algpt2.runs.checkpoints import STATE_FILE
 
 from .corruption import flags, make_data
 from .harness import load_script, row
@@ -125,7 +125,7 @@ def mutate_json_text(text: bytes, draw: random.Random, sign: bool = False) -> by
         return mutate_bytes(text, draw)
     value = mutate_json(json.loads(text), draw)
     if sign and isinstance(value, dict) and draw.random() < 0.9:
-        from algpt2.files import content_sha256
+        from algpt2.system.files import content_sha256
 
         value.pop("sha256", None)
         with contextlib.suppress(ValueError):
@@ -206,7 +206,7 @@ class Fuzzer:
     # What training reads.
 
     def record(self, draw: random.Random) -> Read:
-        from algpt2.tfrecords import open_rows, verify
+        from algpt2.shards.tfrecords import open_rows, verify
 
         path = self.folder / "train/0.tfrecord"
         data = bytearray(self.files[path])
@@ -230,7 +230,7 @@ class Fuzzer:
         return read
 
     def manifest(self, draw: random.Random) -> Read:
-        from algpt2.tfrecords import open_rows, verify
+        from algpt2.shards.tfrecords import open_rows, verify
 
         self.mutate(self.folder / "train/manifest.json", draw, sign=True)
 
@@ -244,8 +244,8 @@ class Fuzzer:
 
     def config(self, draw: random.Random) -> Read:
         from algpt2.options import DataOptions, ModelOptions
-        from algpt2.start import Start, choose_seq_len, choose_tokenizer
-        from algpt2.trainer_pt import build_model
+        from algpt2.runs.start import Start, choose_seq_len, choose_tokenizer
+        from algpt2.training.trainer_pt import build_model
 
         self.mutate(self.folder / "config/config.json", draw)
         options = ModelOptions(config=str(self.folder / "config"))
@@ -261,7 +261,7 @@ class Fuzzer:
         return read
 
     def training_state(self, draw: random.Random) -> Read:
-        from algpt2.checkpoints import newest_checkpoint
+        from algpt2.runs.checkpoints import newest_checkpoint
 
         self.mutate(self.checkpoint / STATE_FILE, draw, sign=True)
 
@@ -272,8 +272,8 @@ class Fuzzer:
         return read
 
     def run_json(self, draw: random.Random) -> Read:
-        from algpt2 import model_card
-        from algpt2.run import open_run
+        from algpt2.export import model_card
+        from algpt2.runs.run import open_run
 
         run = self.folder / "run"
         self.mutate(run / "run.json", draw, sign=True)
@@ -288,8 +288,8 @@ class Fuzzer:
 
     def metrics(self, draw: random.Random) -> Read:
         import plot_runs
-        from algpt2 import model_card
-        from algpt2.report import _keep_lines_until, log_before_and_after
+        from algpt2.export import model_card
+        from algpt2.runs.report import _keep_lines_until, log_before_and_after
 
         run = self.folder / "run"
         lines = self.files[run / "metrics.jsonl"].splitlines()
@@ -306,8 +306,8 @@ class Fuzzer:
 
     def safetensors(self, draw: random.Random) -> Read:
         from algpt2.options import ModelOptions
-        from algpt2.start import Start
-        from algpt2.trainer_pt import build_model
+        from algpt2.runs.start import Start
+        from algpt2.training.trainer_pt import build_model
 
         folder = self.folder / "weights"
         if not folder.exists():
@@ -322,8 +322,8 @@ class Fuzzer:
         return lambda: build_model(replace(Start.find(options), **parts))
 
     def optimizer(self, draw: random.Random) -> Read:
-        from algpt2.checkpoints import read_checkpoint
-        from algpt2.files import CHECKSUM, describe_file, write_record
+        from algpt2.runs.checkpoints import read_checkpoint
+        from algpt2.system.files import CHECKSUM, describe_file, write_record
 
         path, marker = self.checkpoint / "optimizer.safetensors", self.checkpoint / STATE_FILE
         self.put(path, self._other_tensors(path, draw))
@@ -344,13 +344,13 @@ class Fuzzer:
         return struct.pack("<Q", claimed) + header + data[8 + size :]
 
     def _resume(self, checkpoint: Any) -> None:
-        from algpt2.batches import RowInputs
         from algpt2.options import TrainOptions, parse
-        from algpt2.processes_pt import start_processes
-        from algpt2.run import Run
-        from algpt2.start import Start
-        from algpt2.tfrecords import open_rows
-        from algpt2.trainer_pt import Trainer
+        from algpt2.runs.run import Run
+        from algpt2.runs.start import Start
+        from algpt2.shards.batches import RowInputs
+        from algpt2.shards.tfrecords import open_rows
+        from algpt2.system.processes_pt import start_processes
+        from algpt2.training.trainer_pt import Trainer
 
         options = parse(TrainOptions, flags(self.folder)) if not self.options_ else self.options_
         self.options_ = options
@@ -403,8 +403,8 @@ class Fuzzer:
         return self._documents(draw.choice(("a.tar", "a.tar", "a.tar.gz", "a.tar.xz")), None, draw)
 
     def _documents(self, name: str, data: bytes | None, draw: random.Random) -> Read:
-        from algpt2.documents import documents
-        from algpt2.parts import Reading
+        from algpt2.corpus.documents import documents
+        from algpt2.corpus.parts import Reading
 
         path = self.folder / "archives" / name
         self.put(path, mutate_bytes(self.files[path], draw) if data is None else data)
@@ -418,7 +418,7 @@ class Fuzzer:
 
     def packing(self, draw: random.Random) -> Read:
         """The state of a half-packed folder, which has to lead to the same shards or an error."""
-        from algpt2 import packing
+        from algpt2.shards import packing
 
         text, folder = str(self.folder / "text/train"), self.folder / "half"
         if not folder.exists():
@@ -448,7 +448,7 @@ class Fuzzer:
         return PackOptions((text,), str(folder), seq_len=16, workers=1, dedup=True)
 
     def _pack_half(self, text: str, folder: Path) -> None:
-        from algpt2 import packing
+        from algpt2.shards import packing
 
         class Killed(BaseException):
             pass
@@ -469,7 +469,7 @@ class Fuzzer:
     # Evaluation and the command line.
 
     def evaluation(self, draw: random.Random) -> Read:
-        from algpt2.results import ResultFiles
+        from algpt2.evaluation.results import ResultFiles
 
         path = self.folder / "run/evaluation.json"
         if path not in self.files:

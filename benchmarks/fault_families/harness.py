@@ -129,7 +129,7 @@ def load_script(name: str) -> ModuleType:
 def make_workspace(folder: Path, seed: int) -> None:
     """In `folder`: text/, a tokenizer, shards/ of 16 tokens a row, a config of 20,000 weights."""
     from algpt2 import tokenization_algpt2
-    from algpt2.documents import documents
+    from algpt2.corpus.documents import documents
 
     draw = random.Random(seed)
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(200)]
