@@ -164,7 +164,7 @@ def test_patterns_and_manifests_that_do_not_fit_are_named(copied):
     refuse("matches no file", f"{copied}/0.tfrecord", f"{copied}/9.tfrecord")
     refuse(r"left out \['1.tfrecord'", f"{copied}/0.tfrecord")
     (copied / "more.tfrecord").write_bytes(b"")
-    refuse(r"not in it \['more.tfrecord'\]", f"{copied}/*.tfrecord")
+    refuse(r"not listed \['more.tfrecord'\]", f"{copied}/*.tfrecord")
     with (copied / "2.tfrecord").open("ab") as file:
         file.write(b"more")
     refuse(r"2\.tfrecord is damaged: it has \d+ bytes")

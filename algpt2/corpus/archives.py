@@ -27,7 +27,7 @@ MAX_NAME_BYTES = 1 << 20  # of a long name or a pax header; anything longer is d
 # Type flags of POSIX ustar, pax and GNU tar.
 REGULAR, LONG_NAME, PAX, PASSED_OVER = b"0\0" + b"7", b"L", b"x", b"gXKVNM"
 TYPE_NAMES = {b"1": "link", b"2": "link", b"3": "device", b"4": "device", b"6": "pipe"}
-# What zipfile raises for an archive or a member that is damaged, encrypted or of an unknown method.
+# Exceptions of zipfile for an archive or member that is damaged, encrypted or of unknown method.
 ZIP_ERRORS = (
     zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError, ValueError
 )  # fmt: skip
@@ -95,7 +95,7 @@ class _Process:
             if code != unxz.DAMAGED:
                 raise TasksStopped(
                     f"the process that decompresses {self._name} was killed or failed (out of"
-                    " memory?): what is done is kept; repeat the command"
+                    " memory?): finished tasks are kept; repeat the command"
                 )
             raise EOFError(self._process.stderr.read().decode(errors="replace").strip())
         return content
@@ -258,7 +258,7 @@ class TarStream:
     def read(self) -> bytes:
         """The content of the current member."""
         member = self._member
-        content = self._read(member.end - member.start)  # with the padding: one read less
+        content = self._read(member.end - member.start)  # with the padding, in a single read
         if len(content) < member.size:
             raise self._broken(member.header, f"{member.name} is cut off")
         return content[: member.size]

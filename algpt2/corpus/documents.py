@@ -7,7 +7,7 @@
     docs:[train|valid|all]   the docstrings of the installed packages: text without a download
 
 `documents` reads sources; `read_batches` reads parts that `list_parts` cut, in any process. Nothing
-is skipped silently: `CorpusCounts` counts what is not a document.
+is skipped silently: `CorpusCounts` counts all that is left out.
 """
 
 import itertools
@@ -31,8 +31,8 @@ def documents(
 ) -> Iterator[str]:
     """The documents of `sources` in a fixed order: valid Unicode, never empty.
 
-    A text file is one document (`line_by_line`: each of its lines is); a row of a table has it in
-    `text_key`. At most `n_files` files are read, in archives too; a document of hf: and docs:
+    A text file is a document (with `line_by_line` each line is); so is the `text_key` of each row
+    of a table. At most `n_files` files are read, in archives too; a document of hf: and docs:
     counts as a file.
 
     Raises:
@@ -74,7 +74,7 @@ def read_batches(
     it to `batch_bytes`.
 
     At most `limit` files are read, or documents of hf: and docs:. `reading.line_by_line` has to be
-    that of `list_parts`. UTF-8, as a string takes four times the memory if it holds one emoji.
+    that of `list_parts`. Documents are bytes: a string with an emoji takes four times the memory.
     """
     batch, n_bytes = [], 0
     for text in _read(parts, reading, counts, limit):

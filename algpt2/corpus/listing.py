@@ -172,7 +172,7 @@ class _Listing:
     # Files to parts.
 
     def _cut(self, root: str, files: Iterator[tuple[str, str]]) -> Iterator[Part]:
-        """Runs of text files, each other file by itself or in pieces; `root`: what paths share."""
+        """Runs of text files, each other file by itself or in pieces; paths begin with `root`."""
         run: list[str] = []
         stamps, size = array("Q"), 0
 
@@ -283,11 +283,11 @@ def _row_groups(path: str, size: int) -> Iterator[Piece]:
             start, n_bytes = i + 1, 0
 
 
-# --- what identifies a corpus --------------------------------------------------------------------
+# --- the identity of a corpus --------------------------------------------------------------------
 
 
 def identify_sources(sources: str | Sequence[str], *, n_files: int | None = None) -> list[dict]:
-    """What identifies the data of each source, for a cache's key and a manifest: JSON values."""
+    """The identity of each source's data, for the key of a cache and a manifest: JSON values."""
     sources = [sources] if isinstance(sources, str) else sources
     return identify_parts(list_parts(sources, Reading(skip_broken=True)), n_files)
 
@@ -295,8 +295,8 @@ def identify_sources(sources: str | Sequence[str], *, n_files: int | None = None
 def identify_parts(parts: Iterable[Part], n_files: int | None = None) -> list[dict]:
     """`identify_sources` of parts that are listed already.
 
-    Files: how many, their bytes, and one sha256 over every path (as given), size and time of
-    change, so that millions of files need no million lines. docs: the packages' versions.
+    Files: how many, their bytes, and a single sha256 over every path (as given), size and time of
+    change, so that millions of files need no million lines. docs: the versions of the packages.
     """
     identities = []
     for source, group in itertools.groupby(parts, lambda part: part.source):

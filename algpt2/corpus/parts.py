@@ -1,4 +1,4 @@
-"""What listing and reading a corpus share: parts, what makes a document, counts, kinds of files.
+"""The terms of listing and reading a corpus: parts, reading options, counts, kinds of files.
 
 A part can be sent to another process and read there on its own: a run of small files, a piece of a
 large file, an archive or a run of its members. Where parts are cut depends on the files alone.
@@ -22,7 +22,7 @@ class Broken(Exception):
 
 
 class BrokenInput(UserError):
-    """Input is damaged or cut off: the same command with --skip_broken goes on."""
+    """Input is damaged or cut off: the same command with --skip_broken continues."""
 
 
 class ChangedInput(UserError):
@@ -38,18 +38,18 @@ def unreadable(path: str, error: OSError) -> Broken:
 
 @dataclass(frozen=True)
 class Reading:
-    """What makes a document."""
+    """The options of reading; which text becomes a document."""
 
     text_key: str = "text"  # column or key of the text in tables
     line_by_line: bool = False  # each line is a document
     min_length: int = 0  # characters; shorter documents are left out
-    skip_broken: bool = False  # leave out what is damaged, counted, instead of stopping
+    skip_broken: bool = False  # leave out and count damaged input instead of stopping
     is_sample: bool = False  # only the first documents are wanted
 
 
 @dataclass
 class CorpusCounts:
-    """Counts of what was read and what was left out; filled while documents are read."""
+    """Counts of a corpus, read and left out; filled while documents are read."""
 
     files: int = 0
     documents: int = 0
@@ -122,12 +122,12 @@ class Part:
     """A piece of a corpus that can be read on its own.
 
     kind: `text`, a run of text files; `lines`, `jsonl`, `parquet`, `tar`, `zip`, `stream` (a tar or
-    text, compressed): one file or a piece of it; `hf`, `docs`: what `name` says.
+    text, compressed): a file or a piece of a file; `hf`, `docs`: the source that `name` says.
     """
 
     kind: str
-    name: str  # path of the file; of a run the folder; for hf and docs what follows the colon
-    source: str = ""  # what the user gave
+    name: str  # path of the file, folder of a run, or the source behind "hf:" and "docs:"
+    source: str = ""  # as the user gave it
     files: str = ""  # of a run: paths below `name`, joined by NUL (a fifth of a tuple's memory)
     stamps: array = field(default_factory=lambda: array("Q"))  # `file_stamp` of each file
     size: int = 0  # bytes on disk
@@ -153,9 +153,9 @@ class Part:
         return Part("text", self.name, self.source, files, self.stamps[:n], size, n)
 
 
-# --- what a file's name says ---------------------------------------------------------------------
+# --- kinds of files, by their names --------------------------------------------------------------
 
-# What a folder or an archive is searched for; .json is often configuration, so it has to be named.
+# Text in folders and archives. Not .json, often configuration: it is read if the user names it.
 FOLDER_SUFFIXES = {"", ".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet", ".tar", ".zip"}
 KINDS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet",

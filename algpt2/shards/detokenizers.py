@@ -1,4 +1,4 @@
-"""Tokenized evaluation texts back to running text: what a model trained on plain text expects.
+"""Tokenized evaluation texts back to running text, which models of plain text expect.
 
 WikiText, Penn Treebank and LAMBADA put spaces around punctuation and use special marks (` @-@ `,
 "``", `do n't`). Each function here takes the text of a file and restores the running text; letter

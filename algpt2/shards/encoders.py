@@ -64,7 +64,7 @@ class FastEncoder:
     def __call__(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         if max(map(len, texts)) > PIECE_BYTES:
             return [self._in_pieces(text) for text in texts]
-        # Together: faster than text by text.
+        # All texts in a single check: faster than text by text.
         if has_unassigned(b"".join(text for text in texts if not text.isascii())):
             return [self._encode(text) for text in texts]
         self._look_at_memory(sum(map(len, texts)))
@@ -73,7 +73,7 @@ class FastEncoder:
     def _in_pieces(self, text: bytes) -> np.ndarray:
         if not self._can_cut or len(text) <= PIECE_BYTES:
             return self._encode(text)
-        ids = bytearray()  # grows in place: of gigabytes there is one copy
+        ids = bytearray()  # grows in place, so that gigabytes are not copied
         for piece in _pieces(text):
             ids += self._encode(piece).astype(self._oracle.dtype).data
         return np.frombuffer(ids, self._oracle.dtype)

@@ -6,10 +6,9 @@ Each shard is read from its start, at full speed. The order is a function of (se
     host h     the shards at places h, h + H, h + 2 H ... of that order, one row of each in turn
     step s     the next batch_size / H rows of each host
 
-All shards hold equal numbers of rows, so the batch of a step has the same rows for every number of
-hosts H that divides S, no host ever runs out, and to continue at step s is to skip what came
-before. Everything here is part of TensorFlow's graph: it runs on the hosts of a pod, without
-Python.
+All shards hold equal numbers of rows. So the batch of a step has the same rows for every number of
+hosts H that divides S, no host runs out of rows, and a run continues at step s by skipping the rows
+before it. The pipeline is TensorFlow's graph and runs on the hosts of a pod without Python.
 """
 
 import hashlib
@@ -37,8 +36,8 @@ from .tfrecords import (
     record_dtype,
 )
 
-SHUFFLED_ROWS = 1 << 16  # held in memory by all shards together: 134 MB at 1,024 tokens
-READ_BYTES = 1 << 28  # of read-ahead, all shards together
+SHUFFLED_ROWS = 1 << 16  # in the buffers of all shards together: 134 MB at 1,024 tokens
+READ_BYTES = 1 << 28  # read ahead, in all shards together
 INPUT_ERRORS = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
 
 
@@ -55,7 +54,7 @@ class Shards:
         return [f"{self.folder}/{shard.file}" for shard in self.manifest.shards]
 
     def probe(self) -> str:
-        """As `PackedRows.probe`; reads the two records of each shard and no more.
+        """As `PackedRows.probe`; reads only these two records of each shard.
 
         Raises:
             UserError: one of these records is damaged.
@@ -78,7 +77,7 @@ def find_shards(flag: str, paths: Sequence[str]) -> Shards:
     """The shards that folders, files or patterns name, with the manifest beside them.
 
     Raises:
-        UserError: nothing matches, no manifest, shards and manifest disagree: names them.
+        UserError: nothing matches, the manifest is missing, or it lists other shards.
     """
     try:
         return _find_shards(flag, paths)
@@ -113,8 +112,8 @@ def _find_shards(flag: str, paths: Sequence[str]) -> Shards:
     if named is not None and named != listed:
         left_out, unknown = sorted(listed - named), sorted(named - listed)
         raise UserError(
-            f"{flag} and {path} disagree: left out {left_out[:3]}, not in it {unknown[:3]}; "
-            f"expected its {len(listed)} shards, pass {folder}"
+            f"{flag} and {path} disagree: left out {left_out[:3]}, not listed {unknown[:3]}; "
+            f"expected its {len(listed)} shards: pass {folder}"
         )
     for file, shard in zip(shards.files, manifest.shards, strict=True):
         if not tf.io.gfile.exists(file):
@@ -130,10 +129,10 @@ def check_shards(
     flag: str, shards: Shards, n_hosts: int, seq_len: int | None, config: dict[str, Any],
     exact: bool,
 ) -> None:  # fmt: skip
-    """`UserError` unless the shards fit hosts and model; says what to run.
+    """`UserError` unless the shards fit hosts and model.
 
     Args:
-        n_hosts: that read; 1 for shards that one process reads.
+        n_hosts: hosts that read; 1 for shards that a single process reads.
         exact: the vocabularies have equal size; else the model's may be padded to a larger one.
     """
     manifest, n_shards = shards.manifest, len(shards.manifest.shards)
@@ -165,7 +164,7 @@ def check_shards(
 def host_rows(
     shards: Shards, host: int, n_hosts: int, seed: int, first_row: int
 ) -> tf.data.Dataset:
-    """The serialized rows of one host, without end, from the `first_row`-th on."""
+    """The serialized rows of a host from its `first_row`-th on, endlessly."""
     files, manifest = tf.constant(shards.files), shards.manifest
     n_shards, rows_per_shard = len(shards.files), manifest.shards[0].rows
     per_host = n_shards // n_hosts
@@ -226,7 +225,7 @@ class ShardInputs:
         return self.tokens, step - self.first
 
     def row_ids(self, step: int) -> None:
-        """Not known: the shards are read as streams."""
+        """None: the shards are read as streams."""
 
     def _next(self) -> None:
         start_s = time.monotonic()
@@ -246,7 +245,7 @@ class ShardInputs:
         return iter(strategy.distribute_datasets_from_function(dataset))
 
     def dataset(self, step: int, host: int, n_hosts: int) -> tf.data.Dataset:
-        """What the replicas of one host get, in turn, from `step` on."""
+        """The tokens of the replicas of a host, in turn, from `step` on."""
         optim, manifest = self.options.optim, self.shards.manifest
         rows_per_step = optim.grad_steps * optim.batch_size // n_hosts
         n_replicas = self.processes.n_replicas // n_hosts
@@ -261,14 +260,14 @@ class ShardInputs:
         calls = rows.batch(self.options.steps_per_call * rows_per_step, drop_remainder=True)
         calls = calls.map(parse, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         options = tf.data.Options()
-        # The thread that tunes sleeps twice as long each time, and the end of a run waits until it
-        # wakes: 15 s after 100 steps (benchmarks/faults.py signals).
+        # Autotune's thread doubles its sleep each time, and a run ends only when it wakes: 15 s
+        # after 100 steps (benchmarks/faults.py signals).
         options.autotune.enabled = False
         return calls.unbatch().prefetch(2 * n_replicas).with_options(options)
 
 
 class FileRows(PackedRows):
-    """Rows of shards anywhere, for evaluation; each shard is read whole when first needed."""
+    """Rows of shards on disk or gs://, for evaluation; a shard is read whole at its first use."""
 
     def __init__(self, shards: Shards) -> None:
         super().__init__(Path(shards.folder), shards.manifest)
@@ -282,7 +281,7 @@ class FileRows(PackedRows):
 
 
 def corrupt_record(shards: Shards, message: str) -> str:
-    """What to tell about a record that TensorFlow could not read: shard and row."""
+    """The error message for a record that TensorFlow could not read: its shard and row."""
     manifest = shards.manifest
     dtype = record_dtype(manifest.seq_len, manifest.dtype)
     found = re.search(r"corrupted record at (\d+)|truncated record at (\d+)", message)
@@ -305,7 +304,7 @@ class RowInputs(batches.RowInputs):
     T + 1).
     """
 
-    wait_s = 0.0  # nothing is waited for: reading a map is part of the step
+    wait_s = 0.0  # reading a memory map is part of the step
     first, tokens = -1, None
 
     def take(self, step: int) -> tuple[Any, int]:

@@ -1,7 +1,6 @@
 """Text to packed shards: documents, one stream of tokens, rows of seq_len + 1, equal shards.
 
-Each file of the folder is there whole or not at all, so that a killed command continues to the same
-bytes:
+Each file appears when it is complete, so that a killed command continues to the same bytes:
 
     .packing/plan.json     what is being packed; other options in the same folder are an error
     .packing/00000.json    phase 1 (token_store.py): the tokens of a task are there
@@ -87,7 +86,7 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class Job:
-    """What one command packs, and where."""
+    """The work of one command: options, text, plan, folder."""
 
     options: PackOptions
     tokenizer: TextTokenizer
@@ -113,7 +112,7 @@ class Job:
 
     @property
     def picks_documents(self) -> bool:
-        """Whether documents are picked or shuffled; else the stream is packed as it lies."""
+        """Whether documents are picked or shuffled; if not, the stream is packed as stored."""
         return bool(
             self.options.dedup or self.options.valid_fraction or self.options.shuffle_documents
         )
@@ -144,7 +143,9 @@ def pack(options: PackOptions, tokenizer: TextTokenizer) -> Manifest:
         OSError: disk full, or an upload that fails; the same command continues.
     """
     job = _plan_job(options, tokenizer)
-    with _locked(job.folder):
+    _make_folder(job.folder)
+    # Two processes would destroy each other's shards.
+    with locked(job.folder, f"{job.folder} is being packed by another process"):
         if options.overwrite:
             _remove_packing(job)
         finished = _finished(job)
@@ -230,7 +231,7 @@ def _write_folders(job: Job) -> Manifest:
 
 
 def _encode(job: Job) -> tuple[TokenStore, dict[str, Any]]:
-    """Run the tasks; the stored tokens, and what the manifest says about the encoder."""
+    """Run the tasks; the stored tokens, and the encoder as the manifest records it."""
     options, plan = job.options, job.plan
     if job.counts.n_broken and not options.skip_broken:
         raise BrokenInput(f"{job.counts.broken[0]}; --skip_broken leaves it out and counts it")
@@ -341,7 +342,7 @@ def _choose_documents(
         if not len(order):
             raise UserError(
                 f"--valid_fraction {valid_fraction} of {len(documents):,} documents"
-                f" leaves none for {name}/: expected more documents, or another fraction"
+                f" leaves no document for {name}/: expected more documents, or another fraction"
             )
         counts = {"documents": len(order)}
         counts |= {field: int(documents[field][order].sum()) for field in COUNTS[1:]}
@@ -355,7 +356,7 @@ def _choose_documents(
 def _write_split(
     job: Job, name: str, store: TokenStore, counts: dict[str, int], segments: Segments
 ) -> dict[str, Any]:
-    """Write the shards of one folder; the fields of its manifest."""
+    """Write the shards of a folder; the fields of its manifest."""
     seq_len = job.options.seq_len
     n_all = max(0, segments.n_tokens - 1) // seq_len
     n_shards, size = _divide_rows(job.options, n_all, counts["documents"], segments.n_tokens)
@@ -433,21 +434,17 @@ def _write_shard(
 OUTPUT = re.compile(rf"(?:(?:{'|'.join(SPLITS)})/)?(?:\d+\.tfrecord|{re.escape(MANIFEST_FILE)})")
 
 
-@contextlib.contextmanager
-def _locked(save_path: Path) -> Iterator[None]:
-    """Make the folder and hold it: two writers would destroy each other's shards."""
+def _make_folder(folder: Path) -> None:
     try:
-        save_path.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make the folder --save_path {save_path} ({describe(error)}): choose another"
+            f"cannot make the folder --save_path {folder} ({describe(error)}): choose another"
         ) from None
-    with locked(save_path, f"{save_path} is being packed by another process"):
-        yield
 
 
 def _files_in(place: Path | RemotePath) -> dict[str, int]:
-    """Names, relative to the folder, and sizes of what lies in it and its splits; and its plan."""
+    """Name, relative to the folder, and size of each entry of the folder, its splits, its plan."""
     if isinstance(place, RemotePath):
         return place.files()
     folders = [place, *(place / name for name in SPLITS)]
@@ -530,7 +527,7 @@ def _read_plan(path: Path | RemotePath) -> dict[str, Any]:
 
 def _has_plan(job: Job) -> bool:
     """Whether the work on this machine is of the same plan."""
-    with contextlib.suppress(FileNotFoundError, UserError):  # none, or another plan
+    with contextlib.suppress(FileNotFoundError, UserError):  # no plan, or another plan
         _check_plan(job.folder, _read_plan(job.work / PLAN_FILE), job.plan)
         return True
     return False
@@ -551,7 +548,7 @@ def _open_work(job: Job, *, overwrite: bool = False) -> None:
 
 
 def _remove_work(job: Job) -> None:
-    """Remove what a finished folder no longer needs."""
+    """Remove the files that only an unfinished folder needs."""
     if job.home is not None:
         (job.home / PLAN_NAME).unlink(missing_ok=True)
         shutil.rmtree(job.folder, ignore_errors=True)
@@ -566,7 +563,7 @@ def _remove_partial(folder: Path) -> None:
 
 
 def _remove_packing(job: Job) -> None:
-    """Remove what an earlier command packed here; all other files stay."""
+    """Remove the files that an earlier command packed here; all other files stay."""
     files = _files_in(job.place)
     if PLAN_NAME in files or any(_in(name, MANIFEST_FILE) in files for name in ("", *SPLITS)):
         # The new plan first: if this is killed in between, the folder is still known as ours.

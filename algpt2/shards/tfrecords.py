@@ -1,4 +1,4 @@
-"""The record and the manifest of packed shards: the one place that knows the format.
+"""The record and the manifest of packed shards: only this module knows the format.
 
 A shard is a TFRecord file. Each record is a standard `tf.train.Example` with a single bytes feature
 `tokens`: seq_len + 1 little-endian uint16 or uint32. All records have the same size, so that a
@@ -8,7 +8,7 @@ shard is an array of records and the place of row i is computed:
     tokens   seq_len + 1 token ids
     crc      masked crc32c of the Example
 
-`manifest.json` beside the shards says what they hold, and is written last.
+`manifest.json` beside the shards describes them, and is written last.
 """
 
 import functools
@@ -120,7 +120,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds: the content of its `manifest.json`.
+    """The description of a folder of shards: the content of its `manifest.json`.
 
     Every token is accounted for: tokens = 1 + (n_rows + dropped_rows) * seq_len + left_over_tokens.
     """
@@ -141,7 +141,7 @@ class Manifest:
     tokens: int  # of all documents, with the control code that starts each
     left_over_tokens: int  # at the end of the text, too few for another row
     dropped_rows: int  # beyond equal shards, or beyond n_examples
-    duplicates: int  # documents left out as copies of earlier ones
+    duplicates: int  # documents left out as copies of earlier documents
     encoder: dict  # name, version and comparison: encoders.choose_encoder
 
     @property
@@ -162,7 +162,7 @@ class Manifest:
         return None if names == ["no"] else " and ".join(names)
 
     def __str__(self) -> str:
-        """One line for people: what the folder holds, and what is not in its rows."""
+        """One line for people: the numbers of the text, the rows, and the tokens left out."""
         n_shards, bytes_per_token = len(self.shards), self.text_bytes / self.tokens
         parts = [
             f"{self.documents:,} documents, {self.text_bytes:,} bytes",
@@ -348,7 +348,7 @@ def write_shard(path: Path, rows: np.ndarray) -> Shard:
 
 
 class PackedRows:
-    """The rows of a folder of shards, memory-mapped; `open_rows` makes one.
+    """The rows of a folder of shards, memory-mapped; made by `open_rows`.
 
     `rows[i]` is (seq_len + 1,), `rows[ids]` with an array of ids (n,) is (n, seq_len + 1), both
     copies in the stored dtype. Each record that is read is checked: `UserError` if it is damaged.

@@ -58,7 +58,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Context:
-    """What all tasks share; it is sent to the workers."""
+    """The settings that all tasks share, sent to the workers."""
 
     work: Path
     tokenizer: TextTokenizer
@@ -180,19 +180,19 @@ def _encode_blocks(
 def encode_documents(
     texts: Sequence[bytes], encode: Encode, start_id: int | None, dtype: type
 ) -> tuple[np.ndarray, list[int]]:
-    """The tokens of some documents in one array (n,), each document's behind `start_id` (None:
-    alone), and the number of tokens of each."""
+    """The tokens of some documents as an array (n,), with `start_id` (unless None) before each
+    document; and the number of tokens of each document."""
     dtype = np.dtype(dtype).newbyteorder("<")
     start = np.array([] if start_id is None else [start_id], dtype)
     ids = encode(texts)
-    # In one pass: an array of its own in between would cost more than the conversion.
+    # Concatenated and converted in one pass: an array in between costs more than the conversion.
     block = np.concatenate([x for tokens in ids for x in (start, tokens)], dtype=dtype,
                            casting="unsafe")  # fmt: skip
     return block, [len(start) + len(tokens) for tokens in ids]
 
 
 def document_records(texts: Sequence[bytes], lengths: Sequence[int]) -> np.ndarray:
-    """The `DOCUMENT` of each text (n,), of which `lengths` are the tokens."""
+    """The `DOCUMENT` record of each text (n,); `lengths` are their numbers of tokens."""
     records = [
         (length, count_words(text), count_line_ends(text), len(text),
          hashlib.sha256(text).digest()[:16])

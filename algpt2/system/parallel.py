@@ -72,7 +72,7 @@ def _in_processes(
         yield from pool.map(function, tasks)
     except BrokenProcessPool:
         raise TasksStopped(
-            "a worker process was killed (out of memory?): what is done is kept; repeat the"
+            "a worker process was killed (out of memory?): finished tasks are kept; repeat the"
             f" command, with fewer --workers than {workers} if it was memory"
         ) from None
     finally:
@@ -194,8 +194,8 @@ def _result(ray: Any, reference: Any) -> Any:
         misses = 0 if _answers(head) and _cores(ray) else misses + 1
         if misses == 3:  # Ray ends this process after 60 s without a head
             raise TasksStopped(
-                "the Ray cluster has lost its head or all its nodes: what is done is kept; repeat"
-                " the command when they are back, or without --ray"
+                "the Ray cluster has lost its head or all its nodes: finished tasks are kept;"
+                " repeat the command when they are back, or without --ray"
             )
     try:
         return ray.get(reference)
@@ -212,7 +212,7 @@ def _result(ray: Any, reference: Any) -> Any:
     except ray.exceptions.RayError as error:
         reason = describe(error)[:200]
         raise TasksStopped(
-            f"the Ray cluster failed ({reason}): what is done is kept; repeat the command"
+            f"the Ray cluster failed ({reason}): finished tasks are kept; repeat the command"
         ) from None
 
 

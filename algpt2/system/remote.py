@@ -1,4 +1,4 @@
-"""Files and folders at a URL (gs://, s3://, memory:// ...): the one place that knows fsspec.
+"""Files and folders at a URL (gs://, s3://, memory:// ...): only this module knows fsspec.
 
 An upload appears under its name when it is complete. Its size is compared, and its crc32c if the
 store tells it (gs://). The store's library (gcsfs, s3fs) repeats failed requests for a minute.
@@ -133,7 +133,7 @@ class RemotePath:
             fs.invalidate_cache()
             if problem := _difference(fs.info(target), local):
                 fs.rm_file(target)
-                raise OSError(f"what arrived has {problem}")
+                raise OSError(f"the uploaded file has {problem}")
             if target != path:
                 fs.mv(target, path)
 
@@ -146,7 +146,7 @@ class RemotePath:
                 with _progress(f"download {self.name}", fs.info(path)["size"]) as callback:
                     fs.get_file(path, str(partial), callback=callback)
                 if problem := _difference(fs.info(path), partial):
-                    raise OSError(f"what arrived differs: the store has {problem}")
+                    raise OSError(f"the downloaded file differs: the store has {problem}")
             partial.replace(local)
         finally:
             remove(partial)

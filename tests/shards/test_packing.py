@@ -26,6 +26,7 @@ from algpt2.shards.detokenizers import wikitext
 from algpt2.shards.packing import WORK_FOLDER
 from algpt2.shards.tfrecords import MANIFEST_FILE, open_rows, read_manifest
 from algpt2.shards.token_store import Segments, StreamRows, TokenStore, encode_documents
+from algpt2.system.files import locked
 from algpt2.tokenization_algpt2 import load_tokenizer
 
 EOT = 99
@@ -378,7 +379,8 @@ def test_killed_behind_the_manifest_is_finished(tmp_path, text, monkeypatch):
 
 
 def test_two_writers_in_one_folder(tmp_path, text):
-    with packing._locked(tmp_path / "out"), pytest.raises(UserError, match="by another process"):
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out"), pytest.raises(UserError, match="by another process"):
         pack(text, TOKENIZER, tmp_path / "out", seq_len=4)
     pack(text, TOKENIZER, tmp_path / "out", seq_len=4)
 

@@ -134,7 +134,7 @@ def test_a_cluster_without_nodes_is_not_waited_for_forever(ray):
     results = on_ray(double, range(5))
     next(results)
     ray.gone = True
-    with pytest.raises(TasksStopped, match="lost its head or all its nodes: what is done is kept"):
+    with pytest.raises(TasksStopped, match="lost its head or all its nodes: finished"):
         next(results)
 
 
