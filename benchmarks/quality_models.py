@@ -83,12 +83,15 @@ class TrialConfig(ALGPT2Config):
         return found
 
     def flops_per_token(self, seq_len: int) -> int:
-        """As ALGPT2's, with those of LoRA, of the gates and of the input's projection."""
+        """As ALGPT2's, with those of LoRA, gates, the input's projection, and a teacher of the same
+        shape, which has a forward pass only."""
         width, inner, rank = self.n_embd, self.inner_size, self.lora_rank
         lora = self.n_layer * rank * (4 * width + 2 * width + 2 * (width + inner))
         gates = self.streams and len(self.passes()) * 3 * self.streams**2 * width
         projection = (self.input_size or 0) * width
-        return super().flops_per_token(seq_len) + 6 * (lora + gates + projection)
+        plain = super().flops_per_token(seq_len)
+        teacher = plain // 3 if self.teacher else 0
+        return plain + teacher + 6 * (lora + gates + projection)
 
 
 class OwnTensors(nn.Module):
