@@ -118,11 +118,12 @@ def one_over_visits(layer_map: Sequence[int]) -> dict[str, float]:
 
 # One of each kind, so that the first day's runs tell what the others are worth.
 FIRST = (
-    "unshared", "shared", "layers-1", "layers-4", "cycle-4", "cycle-2", "middle-1-2-1",
-    "shared-own", "cycle-4-streams2", "middle-1-2-1-streams2", "attn1-mlp6", "unshared-muon",
-    "shared-muon", "shared-1N", "unshared-init4", "shared-E4", "cycle-3", "wide-2", "width-2of4",
-    "layers-2", "shared-streams4", "sequence-4", "cycle-rev-4", "attn6-mlp3", "cycle-2-distilled",
-    "shared-reinject", "shared-lora8", "unshared-dropout",
+    "unshared", "shared", "layers-1", "layers-4", "cycle-4", "cycle-2", "wide-2", "wide-1",
+    "middle-1-2-1", "shared-own", "cycle-4-streams2", "middle-1-2-1-streams2", "attn1-mlp6",
+    "unshared-muon", "shared-muon", "shared-1N", "unshared-init4", "shared-E8", "shared-hash3",
+    "shared-E4", "cycle-3", "width-2of4", "layers-2", "shared-streams4", "sequence-4",
+    "cycle-rev-4", "attn6-mlp3", "cycle-2-distilled", "shared-reinject", "shared-lora8",
+    "unshared-dropout",
 )  # fmt: skip
 
 
@@ -223,6 +224,10 @@ def _embeddings(scale: Scale) -> Iterable[Row]:
         size = {"embedding_size": scale.n_embd // part}
         yield Row(f"shared-E{part}", f"one block, E = C / {part}", one | size)
         yield Row(f"unshared-E{part}", f"GPT-2, E = C / {part}", size, group="other")
+    for hashes, buckets in ((3, 64), (6, 128)):  # at S of the sizes of E = C / 8 and C / 4
+        size = trial(hashes=hashes, buckets=buckets, tie_word_embeddings=False)
+        about = f"one block, tokens as mixtures of {hashes} of {buckets} vectors"
+        yield Row(f"shared-hash{hashes}", about, one | size)
     size = trial(input_size=scale.n_embd // 4, tie_word_embeddings=False)
     yield Row("shared-inputE4", "one block, input embedding C / 4, own head", one | size)
     rates = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1)
