@@ -308,7 +308,9 @@ class Study:
 
     def script(self, name: str, *flags: str) -> None:
         """Run a script of the repository in the folder of the scale."""
-        subprocess.run([sys.executable, str(ROOT / name), *flags], cwd=self.runs_dir, check=True)
+        done = subprocess.run([sys.executable, str(ROOT / name), *flags], cwd=self.runs_dir)
+        if done.returncode:
+            raise UserError(f"{name} could not prepare scale {self.options.scale}: see above")
 
     # --- reports ---------------------------------------------------------------------------------
 

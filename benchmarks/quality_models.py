@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 import train_pt
 from algpt2.configuration_algpt2 import ALGPT2Config
-from algpt2.kernels_algpt2 import Conv1D
+from algpt2.kernels_algpt2 import Conv1D, head_cross_entropy
 from algpt2.modeling_algpt2 import ALGPT2LMHeadModel, ALGPT2Model
 from algpt2.runs.checkpoints import find_checkpoint
 from algpt2.system.console import log
@@ -44,6 +44,7 @@ class TrialConfig(ALGPT2Config):
             at 0 (Relaxed Recursive Transformers, arXiv:2410.20672).
         input_size: width of the input embedding alone; the head has its own weight, V x C
             (Leviathan, arXiv:2601.22040).
+        hashes, buckets: k and m of a `HashEmbedding` for input and head; 0: a plain table.
         teacher: folder of a run whose model teaches this one; see `TrialLMHeadModel`.
         teacher_share: share of the teacher's term in the training loss.
     """
@@ -58,6 +59,8 @@ class TrialConfig(ALGPT2Config):
     mlp_map: list[int] | None = None
     lora_rank: int = 0
     input_size: int | None = None
+    hashes: int = 0
+    buckets: int = 0
     teacher: str | None = None
     teacher_share: float = 0.5
     use_cache: bool = False
@@ -83,12 +86,15 @@ class TrialConfig(ALGPT2Config):
         return found
 
     def flops_per_token(self, seq_len: int) -> int:
-        """As ALGPT2's, with those of LoRA, of the gates and of the input's projection."""
+        """As ALGPT2's, with those of LoRA, gates, the input's projection, and a teacher of the same
+        shape, which has a forward pass only."""
         width, inner, rank = self.n_embd, self.inner_size, self.lora_rank
         lora = self.n_layer * rank * (4 * width + 2 * width + 2 * (width + inner))
         gates = self.streams and len(self.passes()) * 3 * self.streams**2 * width
         projection = (self.input_size or 0) * width
-        return super().flops_per_token(seq_len) + 6 * (lora + gates + projection)
+        plain = super().flops_per_token(seq_len)
+        teacher = plain // 3 if self.teacher else 0
+        return plain + teacher + 6 * (lora + gates + projection)
 
 
 class OwnTensors(nn.Module):
@@ -174,6 +180,34 @@ class HyperConnection(nn.Module):
         return keep * streams + post * (function(x) + self.vector - x).unsqueeze(-2)
 
 
+class HashEmbedding(nn.Module):
+    """Tokens as mixtures of k of m shared vectors, ids (...) -> (..., C).
+
+    Hash Embeddings (arXiv:1709.03933): which k is drawn once, their weights are learned. V k + m C
+    parameters, and unlike a factorization with E = k the table, and so the logits, can have rank C.
+    """
+
+    def __init__(self, vocab_size: int, hashes: int, buckets: int, width: int) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        chosen = torch.rand(vocab_size, buckets, generator=draw, device="cpu").argsort(1)
+        self.register_buffer("chosen", chosen[:, :hashes].contiguous())
+        # Embeddings: Muon leaves them to AdamW.
+        self.codes, self.buckets = nn.Embedding(vocab_size, hashes), nn.Embedding(buckets, width)
+
+    @torch.no_grad()
+    def reset_codes(self) -> None:
+        """Codes such that the table starts with the spread of the buckets."""
+        self.codes.weight.normal_(0.0, self.codes.embedding_dim**-0.5)
+
+    def table(self) -> Tensor:
+        """The embeddings of all tokens, (V, C)."""
+        return (self.codes.weight.unsqueeze(1) @ self.buckets(self.chosen)).squeeze(1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.table())
+
+
 class TrialModel(ALGPT2Model):
     """ALGPT2's layers with what `TrialConfig` asks for, (B, T) -> (B, T, C)."""
 
@@ -206,6 +240,8 @@ class TrialModel(ALGPT2Model):
         if config.streams:
             n = config.streams
             self.connections = nn.ModuleList(HyperConnection(n, width) for _ in passes)
+        if config.hashes:
+            self.wte = HashEmbedding(config.vocab_size, config.hashes, config.buckets, width)
         if config.input_size:
             self.wte = nn.Embedding(config.vocab_size, config.input_size)
             self.wpe = nn.Embedding(config.n_positions, config.input_size)
@@ -292,7 +328,11 @@ class TrialLMHeadModel(ALGPT2LMHeadModel):
         super().__init__(config)
         self.transformer = TrialModel(config)
         self._teacher: list[nn.Module] = []  # not a part of this model: in a list, not registered
+        if config.hashes:
+            self.lm_head = None
         self.post_init()
+        if config.hashes:
+            self.transformer.wte.reset_codes()
 
     def teacher(self) -> nn.Module:
         """The model that `config.teacher` names, read when it is first needed."""
@@ -301,6 +341,17 @@ class TrialLMHeadModel(ALGPT2LMHeadModel):
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             self._teacher.append(model.to(self.device).eval().requires_grad_(False))
         return self._teacher[0]
+
+    def _loss_and_logits(
+        self, x: Tensor, labels: Tensor | None, shift_labels: Tensor | None, skip_logits: bool,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        if not self.config.hashes:
+            return super()._loss_and_logits(x, labels, shift_labels, skip_logits, **kwargs)
+        table = self.transformer.wte.table()
+        if skip_logits:
+            return head_cross_entropy(x, table, shift_labels), None
+        return None, F.linear(x, table)
 
     def forward(
         self, input_ids: Tensor | None = None, shift_labels: Tensor | None = None, **kwargs: Any

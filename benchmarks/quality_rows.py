@@ -46,7 +46,8 @@ SCALES = {
     # Rows of 128 tokens: attention over 256 takes 40 % of a step at this width, and 27 % over 128.
     "S": Scale(2048, 128, 48, 3, 8_000_000, 16,
                {"AdamW": 4e-3, "Muon": 8e-3, "Adafactor": 8e-3}),
-    "M": Scale(4096, 256, 80, 5, 25_000_000, 16,
+    # As S, a vocabulary small enough that four blocks of twelve are less than half of the model.
+    "M": Scale(3072, 256, 80, 5, 25_000_000, 16,
                {"AdamW": 4e-3, "Muon": 8e-3, "Adafactor": 8e-3}),
     "L": Scale(8192, 512, 256, 4, 200_000_000, 64,
                {"AdamW": 2e-3, "Muon": 4e-3, "Adafactor": 4e-3},
@@ -117,11 +118,12 @@ def one_over_visits(layer_map: Sequence[int]) -> dict[str, float]:
 
 # One of each kind, so that the first day's runs tell what the others are worth.
 FIRST = (
-    "unshared", "shared", "layers-1", "layers-4", "cycle-4", "cycle-2", "middle-1-2-1",
-    "shared-own", "cycle-4-streams2", "middle-1-2-1-streams2", "attn1-mlp6", "unshared-muon",
-    "shared-muon", "shared-1N", "unshared-init4", "shared-E4", "cycle-3", "wide-2", "width-2of4",
-    "layers-2", "shared-streams4", "sequence-4", "cycle-rev-4", "attn6-mlp3", "cycle-2-distilled",
-    "shared-reinject", "shared-lora8", "unshared-dropout",
+    "unshared", "shared", "layers-1", "layers-4", "cycle-4", "cycle-2", "wide-2", "wide-1",
+    "middle-1-2-1", "shared-own", "cycle-4-streams2", "middle-1-2-1-streams2", "attn1-mlp6",
+    "unshared-muon", "shared-muon", "shared-1N", "unshared-init4", "shared-E8", "shared-hash3",
+    "shared-E4", "cycle-3", "width-2of4", "layers-2", "shared-streams4", "sequence-4",
+    "cycle-rev-4", "attn6-mlp3", "cycle-2-distilled", "shared-reinject", "shared-lora8",
+    "unshared-dropout",
 )  # fmt: skip
 
 
@@ -222,6 +224,10 @@ def _embeddings(scale: Scale) -> Iterable[Row]:
         size = {"embedding_size": scale.n_embd // part}
         yield Row(f"shared-E{part}", f"one block, E = C / {part}", one | size)
         yield Row(f"unshared-E{part}", f"GPT-2, E = C / {part}", size, group="other")
+    for hashes, buckets in ((3, 64), (6, 128)):  # at S of the sizes of E = C / 8 and C / 4
+        size = trial(hashes=hashes, buckets=buckets, tie_word_embeddings=False)
+        about = f"one block, tokens as mixtures of {hashes} of {buckets} vectors"
+        yield Row(f"shared-hash{hashes}", about, one | size)
     size = trial(input_size=scale.n_embd // 4, tie_word_embeddings=False)
     yield Row("shared-inputE4", "one block, input embedding C / 4, own head", one | size)
     rates = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1)
@@ -242,9 +248,9 @@ def _baselines(scale: Scale) -> Iterable[Row]:
 
 
 def _larger(scale: Scale) -> Iterable[Row]:
-    """About half of the unshared model's parameters, spent on width or depth: more FLOPs."""
+    """36 to 49 % of the unshared parameters (at S), spent on width or depth: more FLOPs."""
     size = scale.n_embd // scale.n_head  # of a head
-    for name, blocks, factor in (("wide-1", 1, 5 / 3), ("wide-2", 2, 4 / 3)):
+    for name, blocks, factor in (("wide-1", 1, 4 / 3), ("wide-2", 2, 4 / 3), ("wider-1", 1, 5 / 3)):
         heads = round(scale.n_head * factor)
         keys = {"embedding_size": scale.n_embd, "n_embd": heads * size, "n_head": heads}
         about = f"cycle of {blocks}, width {heads * size}, E = {scale.n_embd}"
@@ -275,7 +281,8 @@ def _starts(scale: Scale) -> Iterable[Row]:
     for name, keys in (
         ("shared", one_block(scale)), ("cycle-2", mapped(cycle(2, scale.n_layer))),
     ):  # fmt: skip
+        # Another order: with the same, it would begin with the rows that its start has seen.
         yield Row(f"{name}-tied", f"{name}, from the means of unshared-third's blocks", keys,
-                  start="unshared-third", share=2 / 3)  # fmt: skip
+                  start="unshared-third", share=2 / 3, flags={"seed": 7})  # fmt: skip
         yield Row(f"{name}-distilled", f"{name}, half of the loss from the unshared model",
                   keys | trial(), teacher="unshared")  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WORDS
+from transformers import AutoModelForCausalLM
 
 from algpt2 import ALGPT2Config, ALGPT2LMHeadModel
 from benchmarks import quality, quality_models, quality_rows
@@ -257,6 +258,37 @@ def test_the_input_embedding_alone_is_factorized():
     assert model.lm_head.weight.shape == (60, 16)
     assert model.lm_head.weight is not model.transformer.wte.weight
     assert 0.01 < model.transformer.wte.weight.std() < 0.03  # GPT-2's 0.02, not torch's 1
+
+
+def test_hashed_embeddings_are_few_numbers_of_full_rank_for_input_and_head():
+    sizes = {"hashes": 3, "buckets": 20, "tie_word_embeddings": False}
+    model = trial(**SHARED, **sizes)
+    table = model.transformer.wte.table()
+    assert table.shape == (60, 16) and torch.linalg.matrix_rank(table) == 16
+    assert 0.015 < table.std() < 0.025  # GPT-2's 0.02
+    assert trial(**SHARED).num_parameters() - model.num_parameters() == 60 * 16 - 60 * 3 - 20 * 16
+    with torch.no_grad():
+        hidden = model.transformer(IDS).last_hidden_state
+        torch.testing.assert_close(logits(model), hidden @ table.T)
+        loss = model(IDS, shift_labels=IDS, skip_logits=True).loss
+    hard = torch.nn.functional.cross_entropy(logits(model).flatten(0, 1), IDS.flatten())
+    torch.testing.assert_close(loss, hard)
+
+
+@pytest.mark.parametrize("keys", [
+    IDENTITIES["all"],
+    {"hashes": 3, "buckets": 20, "tie_word_embeddings": False},
+    {"input_size": 4, "tie_word_embeddings": False},
+    {"mlp_map": [0] * 6, "attn_map": [0, 1, 2] * 2},
+], ids=["all", "hashes", "input", "halves"])  # fmt: skip
+def test_a_checkpoint_holds_all_of_the_model(keys, tmp_path):
+    model = trial(**MIDDLE, **keys)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    model.save_pretrained(tmp_path)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(read), logits(model))
 
 
 def test_a_model_is_causal_whatever_is_on_trial():
