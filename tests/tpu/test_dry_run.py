@@ -8,12 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.compiler.xla import xla_data_pb2
 from tensorflow.compiler.xla.service import hlo_pb2
 
 import train_tfrecords
 from algpt2.configuration_algpt2 import ALGPT2Config
 from algpt2.errors import UserError
-from algpt2.kernels_tf_algpt2 import LOSS_ROWS
+from algpt2.kernels_tf_algpt2 import LOSS_ROWS, dropout
 from algpt2.options import ModelOptions, OptimOptions, TFTrainOptions
 from algpt2.runs.start import Start
 from algpt2.tpu import dry_run
@@ -272,6 +273,45 @@ def test_gradients_are_reduced_over_the_cores_of_the_slice(options):
     for one in reduces:
         groups = one.collective_device_list.replica_groups or one.replica_groups
         assert [[*group.replica_ids] for group in groups] == [[*range(32)]]
+
+
+def generators(graph):
+    """The `alg` of every operation of a traced function that draws random numbers."""
+    graph_def = graph.as_graph_def()
+    found = []
+    for nodes in (graph_def.node, *(one.node_def for one in graph_def.library.function)):
+        by_name = {node.name: node for node in nodes}
+        for node in nodes:
+            if node.op.startswith("StatelessRandomUniform"):
+                constant = by_name[node.input[3].partition(":")[0]]
+                found.append(
+                    tf.random.Algorithm(int(tf.make_ndarray(constant.attr["value"].tensor)))
+                )
+    return {*found}
+
+
+@pytest.mark.parametrize("grad_steps", [1, 3])
+def test_dropout_draws_with_the_generator_of_the_tpu(options, grad_steps):
+    """`philox` is expanded on a v3 into 12 times the step; on CPUs and GPUs it stays."""
+    optim = replace(options.optim, grad_steps=grad_steps)
+    config = ALGPT2Config.from_pretrained(options.model.config)
+    config.attn_pdrop = config.embd_pdrop = config.resid_pdrop = 0.1
+    config.save_pretrained(options.model.config)
+    program = StepProgram(replace(options, optim=optim), 16, 128)
+    traced = program._step.get_concrete_function(*program.specs(2))
+    assert generators(traced.graph) == {tf.random.Algorithm.AUTO_SELECT}
+    module = hlo_pb2.HloModuleProto.FromString(program.lower(2))
+    drawn = [
+        one for c in module.computations for one in c.instructions if one.opcode.startswith("rng")
+    ]
+    assert len(drawn) > 1 + 3 * program.model.config.n_layer  # and those that fold seeds
+    assert {one.rng_algorithm for one in drawn} == {xla_data_pb2.RNG_DEFAULT}
+
+    seed = tf.TensorSpec([2], tf.int32)
+    plain = tf.function(lambda x, seed: dropout(x, 0.1, seed, 0)).get_concrete_function(
+        tf.TensorSpec([8]), seed
+    )
+    assert tf.random.Algorithm.PHILOX in generators(plain.graph)
 
 
 @pytest.mark.parametrize("grad_steps", [1, 3])
