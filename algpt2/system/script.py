@@ -24,6 +24,7 @@ from ..errors import (
 )
 
 _left: list[bool] = []
+_leaving = threading.Lock()
 _stderr = [2]  # the last is where people read
 _watchers: list[int] = []  # a line to each: the process is about to end, as it should
 
@@ -88,6 +89,8 @@ def _listen() -> None:
 
 
 def _leave(number: int, frame: Any) -> None:
+    if not _leaving.acquire(blocking=False):  # the main thread and that of `_listen` both hear it
+        return
     name = signal.Signals(number).name
     with contextlib.suppress(OSError):  # not print: it may be what the signal interrupted
         os.write(_stderr[-1], f"\nstopped by {name}: the same command continues\n".encode())

@@ -1,6 +1,7 @@
 """The training step of trainer_tf.py as the program that one core of a TPU slice would run."""
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import tensorflow as tf
@@ -11,6 +12,7 @@ from tensorflow.compiler.xla.service import hlo_pb2
 from ..errors import UserError
 from ..kernels_tf_algpt2 import LOSS_ROWS
 from ..options import RowOptions, TFRecordOptions, TFTrainOptions
+from ..runs.run import count_steps
 from ..runs.start import Start, check_rows_fit
 from ..shards.inputs_tf import find_shards
 from ..training.optimizers_tf import build_optimizer
@@ -43,7 +45,14 @@ def prepare(flags: TFRecordOptions, tpu: Slice) -> DryRun:
     check_rows_fit(seq_len, config)
     program = StepProgram(options, seq_len, tpu.n_cores)
     flops = program.model.config.flops_per_token(seq_len) * seq_len
-    return DryRun(tpu, program, seq_len, flops)
+    optim = options.optim
+
+    def steps(batch_size: int) -> int | None:
+        if not (optim.max_steps or optim.n_tokens):
+            return None
+        return count_steps(replace(optim, batch_size=batch_size), 0, seq_len)
+
+    return DryRun(tpu, program, seq_len, flops, grad_steps=optim.grad_steps, steps=steps)
 
 
 def _seq_len(data: RowOptions, config: dict[str, Any]) -> int:

@@ -20,6 +20,7 @@ from algpt2.runs.start import Start
 from algpt2.tpu import dry_run
 from algpt2.tpu.dry_run import GIB, Compiled, DryRun, TooLarge, parse_slice, read_answer
 from algpt2.tpu.dry_run_tf import StepProgram
+from algpt2.tpu.tpu_compiler import cycles_by_kind
 from algpt2.training.optimizers_tf import build_optimizer
 from algpt2.training.trainer_tf import build_model, build_step, step_seed
 
@@ -97,6 +98,65 @@ ANSWER = {
     "argument_bytes": 3 * GIB, "temp_bytes": 2 * GIB, "output_bytes": 3 * GIB,
     "alias_bytes": 2 * GIB, "code_bytes": GIB, "flops": 1.1e12, "seconds": 2.0,
 }  # fmt: skip
+
+
+# Of libtpu 0.0.52, shortened: a fusion with a product, a loop, both branches of a condition.
+OPTIMIZED = """HloModule step, is_scheduled=true
+
+%fused_product (p: bf16[8,8]) -> bf16[8,8] {
+  %p = bf16[8,8] parameter(0)
+  ROOT %c = bf16[8,8] convolution(%p, %p), dim_labels=bf_io->bf
+}
+
+%fused_mask (p: bf16[8,8]) -> bf16[8,8] {
+  ROOT %p = bf16[8,8] parameter(0)
+}
+
+%body (p: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[8,8] fusion(%p), kind=kOutput, calls=%fused_product, metadata={op_name="h.0.attn/MatMul"}, backend_config={"window_config":{"estimated_cycles":"100"}}
+  ROOT %b = bf16[8,8] fusion(%a), kind=kLoop, calls=%fused_mask, metadata={op_name="h.0.attn/stateless_dropout"}, backend_config={"window_config":{"estimated_cycles":"20"}}
+}
+
+%update (p: bf16[8,8]) -> bf16[8,8] {
+  ROOT %a = bf16[8,8] copy(%p), metadata={op_name="cond/Assign"}, backend_config={"window_config":{"estimated_cycles":"7"}}
+}
+
+%keep (p: bf16[8,8]) -> bf16[8,8] {
+  ROOT %p = bf16[8,8] parameter(0)
+}
+
+ENTRY %main (p: bf16[8,8], ok: pred[]) -> bf16[8,8] {
+  %p = bf16[8,8] parameter(0)
+  %w = bf16[8,8] while(%p), condition=%keep, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %s = bf16[8,8] fusion(%w), kind=kLoop, calls=%fused_mask, metadata={op_name="h.0.attn/Softmax"}, backend_config={"window_config":{"estimated_cycles":"5"}}
+  ROOT %u = bf16[8,8] conditional(%ok, %s, %s), true_computation=%update, false_computation=%keep
+}
+"""  # noqa: E501
+
+
+def test_the_compilers_cycles_are_summed_by_kind_through_loops_and_conditions():
+    expected = {"matrix products": 300, "dropout": 60, "optimizer": 7, "attention": 5}
+    assert list(cycles_by_kind(OPTIMIZED).items()) == list(expected.items())
+    assert cycles_by_kind(OPTIMIZED.replace("known_trip_count", "unknown")) == {}
+
+
+def test_the_time_of_a_step_is_the_compilers_estimate():
+    cycles = {"matrix products": 658_000_000, "dropout": 188_000_000, "MLP": 94_000_000}
+    trial = DryRun(
+        parse_slice("v3-128"),
+        None,
+        1024,
+        10**9,
+        grad_steps=2,
+        steps=lambda size: 3600 * 512 // size,
+    )
+    said = "\n".join(trial.describe_time(4, cycles))
+    assert "1.000 s at 940 MHz, 1,048,576 tokens/s, 1.00 hours for 3,600 steps" in said
+    assert "the compiler's estimate, not measured" in said
+    assert re.search(r"matrix products +0.7000 s +70%\n +dropout +0.2000 s +20%", said)
+    assert said.endswith("largest but for matrix products: dropout, 20% of the step")
+    [unknown] = replace(trial, tpu=parse_slice("v6e-8")).describe_time(4, cycles)
+    assert "no estimate" in unknown
 
 
 def test_outputs_that_take_the_place_of_arguments_are_counted_once():
