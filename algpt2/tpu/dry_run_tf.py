@@ -131,11 +131,35 @@ class StepProgram:
 def _with_the_devices_generator(program: bytes) -> bytes:
     """The program with the random numbers that TensorFlow's `auto_select` is on a TPU.
 
-    Lowered for a CPU it is philox. Every random number of the step is drawn with `auto_select`.
+    Lowered for a CPU it is philox, whose state is u64[3]: the key and a counter of two. The TPU's
+    state is u64[2]. Every random number of the step is drawn with `auto_select`.
     """
     module = hlo_pb2.HloModuleProto.FromString(program)
     for computation in module.computations:
+        instructions, states = [], {}
+        next_id = 1 + max(instruction.id for instruction in computation.instructions)
         for instruction in computation.instructions:
             if instruction.opcode == "rng-bit-generator":
                 instruction.rng_algorithm = xla_data_pb2.RNG_DEFAULT
+                instruction.shape.tuple_shapes[0].dimensions[0] = 2
+                [state] = instruction.operand_ids
+                states[instruction.id] = state
+                sliced = hlo_pb2.HloInstructionProto(
+                    name=f"state.{next_id}", opcode="slice", id=next_id, operand_ids=[state],
+                    shape=instruction.shape.tuple_shapes[0],
+                )  # fmt: skip
+                sliced.slice_dimensions.add(start=0, limit=2, stride=1)
+                instruction.operand_ids[:] = [next_id]
+                instructions.append(sliced)
+                next_id += 1
+            elif instruction.opcode == "get-tuple-element" and instruction.tuple_index == 0:
+                # The next state: nobody draws with it.
+                if state := states.get(instruction.operand_ids[0]):
+                    instruction.opcode, instruction.operand_ids[:] = "copy", [state]
+            instructions.append(instruction)
+        copies = [
+            hlo_pb2.HloInstructionProto.FromString(x.SerializeToString()) for x in instructions
+        ]
+        del computation.instructions[:]
+        computation.instructions.extend(copies)
     return module.SerializeToString()
