@@ -1,10 +1,10 @@
-# make venv | quickstart | test | lint | bench      (the environment is .venv, made on first use)
+# make venv | quickstart | test | test-arithmetic | lint | bench      (the environment is .venv, made on first use)
 
 PYTHON ?= python3
 PY := .venv/bin/python
 RUN := runs/quickstart
 
-.PHONY: venv quickstart test lint bench clean
+.PHONY: venv quickstart test test-arithmetic lint bench clean
 
 # The environment is rebuilt whenever requirements.txt is not the one that it was built from.
 venv:
@@ -34,6 +34,17 @@ quickstart: venv
 
 test: venv lint
 	$(PY) -m pytest
+
+# The arithmetic of other processors, as far as this one can imitate it.
+ARITHMETICS := OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default \
+  ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE DNNL_MAX_CPU_ISA=SSE41 DNNL_MAX_CPU_ISA=AVX2 \
+  TF_ENABLE_ONEDNN_OPTS=0 TF_ENABLE_ONEDNN_OPTS=1
+
+test-arithmetic: venv
+	@for setting in $(ARITHMETICS); do \
+	  echo "== $$setting"; \
+	  env $$setting $(PY) -m pytest -m numeric || failed="$$failed $$setting"; \
+	done; test -z "$$failed" || { echo "failed with:$$failed"; exit 1; }
 
 lint: venv
 	$(PY) -m ruff check .

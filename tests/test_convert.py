@@ -73,6 +73,7 @@ def variant(**changes):
     return ALGPT2Config(**SMALL | sizes | changes)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     "config",
     [pytest.param(shrunken(f), id=f.name) for f in CONFIGS]
@@ -102,6 +103,7 @@ def test_the_export_has_the_tokenizer_and_what_generate_needs(save, tokenizer_fo
     assert len(modes) == 1
 
 
+@pytest.mark.numeric
 def test_weights_of_the_original_and_of_gpt2_itself_are_exported(save, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -162,6 +164,7 @@ def random_gpt2(**changes):
     return model
 
 
+@pytest.mark.numeric
 def test_a_start_without_sharing_and_factorization_is_exact(save):
     source = random_gpt2()
     target = variant(num_hidden_groups=4, embedding_size=16)
@@ -170,6 +173,7 @@ def test_a_start_without_sharing_and_factorization_is_exact(save):
     torch.testing.assert_close(logits(start), logits(source), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_start_from_a_model_of_rank_e_is_exact(save, tied):
     source = random_model(variant(num_hidden_groups=2, tie_word_embeddings=tied))
@@ -177,6 +181,7 @@ def test_a_start_from_a_model_of_rank_e_is_exact(save, tied):
     torch.testing.assert_close(logits(start), logits(source), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.numeric
 def test_tables_of_rank_e_are_reproduced_exactly():
     draw = np.random.default_rng(0)
     wte, wpe = (draw.normal(size=(n, 5)) @ draw.normal(size=(5, 12)) for n in (50, 20))
@@ -190,6 +195,7 @@ def test_tables_of_rank_e_are_reproduced_exactly():
         assert np.allclose(head, wte, atol=1e-9)  # of rank 5
 
 
+@pytest.mark.numeric
 def test_the_embedding_is_nearer_than_any_random_projection():
     draw = np.random.default_rng(0)
     wte = draw.normal(size=(200, 24)) * np.linspace(2, 0.1, 24)
@@ -217,6 +223,7 @@ def test_which_layers_a_block_starts_from():
             layers(4, wrong)
 
 
+@pytest.mark.numeric
 def test_blocks_are_averaged_or_selected(save):
     source = random_gpt2()
     folder, name = save(source), "mlp.c_fc.weight"
@@ -260,6 +267,7 @@ def val_loss(folder):
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
 
 
+@pytest.mark.numeric
 def test_a_trained_model_gives_a_better_start_than_chance(
     flags, config_folder, tokenizer_folder, tmp_path
 ):

@@ -272,6 +272,7 @@ def test_gradients_are_reduced_over_the_cores_of_the_slice(options):
         assert [[*group.replica_ids] for group in groups] == [[*range(32)]]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("grad_steps", [1, 3])
 def test_the_program_is_the_training_step(options, grad_steps):
     """With one core it runs here: the same loss, norm and weights as the step that trains."""

@@ -328,6 +328,7 @@ def test_one_table_with_a_unit_for_every_number(run, bench, capsys):
     assert "| ptb/ptb.test.txt | ptb detokenizer | 32 | 8 | float32 | loss |" in shown
 
 
+@pytest.mark.numeric
 def test_training_and_both_evaluations_agree_with_a_detokenizer(run, tmp_path):
     text = tmp_path / "wiki.txt"
     text.write_text(WIKI * 200)
@@ -432,6 +433,7 @@ def test_evaluation_flags_alone_are_refused():
         train_pt.main(["--stride=8"])
 
 
+@pytest.mark.numeric
 def test_two_processes_give_the_numbers_of_one(run, bench, tmp_path):
     other = Path(shutil.copytree(run, tmp_path / "other"))
     flags = ["--eval_only", "--device=cpu", f"--eval_sets={bench}", "--batch_size=2"]

@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from algpt2 import ALGPT2Config, ALGPT2LMHeadModel, ALGPT2Model, modeling_algpt2
 
+pytestmark = pytest.mark.numeric
+
 TOLERANCE = 1e-5  # float32, absolute on values of order one
 VOCAB = 97
 SHAPE = {

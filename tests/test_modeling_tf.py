@@ -16,6 +16,8 @@ from algpt2 import modeling_tf_algpt2
 from algpt2.configuration_algpt2 import ALGPT2Config
 from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel, dropout, gelu_new, head_cross_entropy
 
+pytestmark = pytest.mark.numeric
+
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-5  # relative to the largest number of an array
 CASES = [

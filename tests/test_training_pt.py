@@ -22,6 +22,8 @@ from algpt2.training_pt import (
     train_step,
 )
 
+pytestmark = pytest.mark.numeric
+
 OPTIMIZERS = ["AdamW", "Adafactor", "Muon", "SGD"]
 CPU = Processes(0, 1, torch.device("cpu"), torch.float32)
 

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from rounding import distances, sum_tolerance
 
-from algpt2 import training_tf
+from algpt2 import optimizers_tf, training_tf
 from algpt2.configuration_algpt2 import ALGPT2Config
 from algpt2.errors import NonFiniteError, UserError
 from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
@@ -27,10 +27,12 @@ from algpt2.training_tf import (
     train_steps,
 )
 
+pytestmark = pytest.mark.numeric
+
 OPTIMIZERS = ["AdamW", "Adafactor", "Muon", "SGD"]
 CPU = Processes(0, 1, tf.distribute.get_strategy(), "float32")
 CONFIG = {
-    "vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 3, "n_head": 2,
+    "vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2,
     "embedding_size": 16, "bos_token_id": 49, "eos_token_id": 49,
 }  # fmt: skip
 
@@ -62,6 +64,14 @@ def make_trainer(dropout=0.0, rows=None, config=CONFIG, n_steps=100, **optim):
 
 def weights(trainer):
     return {name: v.numpy() for name, v in trainer.model.named_parameters().items()}
+
+
+def moments(trainer):
+    """Means of gradients and of their squares; Adafactor's exp_avg is a mean of updates, which
+    amplify the rounding of small gradients."""
+    state = state_tensors(trainer.model, trainer.optimizer)
+    of_updates = "/exp_avg" if isinstance(trainer.optimizer, optimizers_tf.Adafactor) else "none"
+    return {name: array for name, array in state.items() if not name.endswith(of_updates)}
 
 
 def assert_equal(a, b):
@@ -117,8 +127,7 @@ def test_several_steps_in_a_call_are_the_steps_one_by_one():
     train_steps(several, 3)  # calls need not be whole
     assert train_steps(several, 4) == pytest.approx(last, rel=1e-6)
     assert single.step == several.step == 7
-    for name, weight in weights(single).items():
-        np.testing.assert_allclose(weight, weights(several)[name], rtol=1e-5, atol=1e-6)
+    assert max(distances(moments(several), moments(single)).values()) < sum_tolerance(4 * 16)
 
 
 def test_accumulation_equals_one_large_batch():
@@ -128,8 +137,7 @@ def test_accumulation_equals_one_large_batch():
     tolerance = sum_tolerance(8 * 16)  # tokens whose gradients both add up, in another order
     assert train_step(parts) == pytest.approx(train_step(whole), rel=tolerance)
     # The momentum after the first step is the gradient.
-    gradients = [state_tensors(t.model, t.optimizer) for t in (parts, whole)]
-    assert max(distances(*gradients).values()) < tolerance
+    assert max(distances(moments(parts), moments(whole)).values()) < tolerance
     for _ in range(4):
         assert train_step(parts) == pytest.approx(train_step(whole), rel=tolerance)
 
@@ -140,18 +148,18 @@ def test_xla_compiles_the_whole_step(optimizer):
     flags = {"optimizer": optimizer, "grad_steps": 2, "config": CONFIG | {"n_layer": 1}}
     trainer, plain = (make_trainer(**flags) for _ in range(2))
     step = build_step(trainer.model, trainer.optimizer, trainer.options.optim)
-    tokens, _ = trainer.inputs.take(0)
-    arguments = (tokens[0], tf.constant(1e-2), tf.constant(step_seed(42, 0)), tf.constant(True))
-    loss, norm, ok = tf.function(step, jit_compile=True)(*arguments)
-    assert bool(ok)
-    assert (float(loss), float(norm)) == pytest.approx(train_step(plain), rel=1e-4)
-    for name, weight in weights(plain).items():
-        if "c_attn.bias" not in name:  # a key's bias has no gradient but rounding
-            np.testing.assert_allclose(weights(trainer)[name], weight, rtol=2e-3, atol=2e-4)
+    compiled, tolerance = tf.function(step, jit_compile=True), sum_tolerance(2 * 2 * 4 * 16)
+    for i in range(2):  # the second loss is that of the updated weights
+        tokens, _ = trainer.inputs.take(i)
+        numbers = (tf.constant(x) for x in (1e-2, step_seed(42, i), True))
+        loss, norm, ok = compiled(tokens[0], *numbers)
+        assert bool(ok)
+        assert (float(loss), float(norm)) == pytest.approx(train_step(plain), rel=tolerance)
+    assert max(distances(moments(trainer), moments(plain)).values()) < tolerance
 
 
 def test_a_pass_that_no_memory_holds_is_refused_with_one_that_fits(monkeypatch):
-    trainer = make_trainer(batch_size=12, grad_steps=2)
+    trainer = make_trainer(batch_size=12, grad_steps=2, config=CONFIG | {"n_layer": 3})
     row_bytes = 3 * 2 * 16**2 * 4  # layers, heads, tokens squared, float32
     arguments = (trainer.model, trainer.options, 16, CPU)
     monkeypatch.setattr(training_tf, "memory_bytes", lambda: 12 * row_bytes)
