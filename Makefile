@@ -1,18 +1,22 @@
-# make venv | quickstart | test | test-arithmetic | lint | bench      (the environment is .venv, made on first use)
+# make venv | quickstart | test | test-arithmetic | test-tf218 | lint | bench
+# (the environment is .venv, made on first use)
 
 PYTHON ?= python3
 PY := .venv/bin/python
 RUN := runs/quickstart
 
-.PHONY: venv quickstart test test-arithmetic lint bench clean
+.PHONY: venv quickstart test test-arithmetic test-tf218 lint bench clean
 
 # The environment is rebuilt whenever requirements.txt is not the one that it was built from.
+# algpt2.pth is an editable install by a relative path: in a worktree whose .venv is a link, scripts
+# find the worktree's own algpt2.
 venv:
 	@if ! cmp -s requirements.txt .venv/built-from.txt || ! $(PY) -c ''; then \
 	  echo "installing into .venv (about 4.5 GB, a few minutes)"; \
 	  rm -rf .venv && $(PYTHON) -m venv .venv && \
 	  $(PY) -m pip install --progress-bar off -r requirements.txt && \
 	  cp requirements.txt .venv/built-from.txt; fi
+	@cd .venv/lib/python3*/site-packages && echo ../../../.. > algpt2.pth
 
 quickstart: venv
 	@echo "== 1/7 tokenizer: 8,192 byte pairs learnt from the docstrings of the installed packages"
@@ -46,6 +50,15 @@ test-arithmetic: venv
 	  env $$setting $(PY) -m pytest -m numeric || failed="$$failed $$setting"; \
 	done; test -z "$$failed" || { echo "failed with:$$failed"; exit 1; }
 
+# The TensorFlow of a v3 pod, as worker 0 has it. The PyTorch that it is held against is that of .venv.
+test-tf218: venv
+	@if ! cmp -s requirements-tpu-pod.txt .venv-tf218/built-from.txt; then \
+	  rm -rf .venv-tf218 && $(PYTHON) -m venv .venv-tf218 && \
+	  .venv-tf218/bin/python -m pip install --progress-bar off -r requirements-tpu-pod.txt $$(grep -o '^pytest==[0-9.]*' requirements.txt) && \
+	  cp requirements-tpu-pod.txt .venv-tf218/built-from.txt; fi
+	PYTORCH=$(CURDIR)/$(PY) .venv-tf218/bin/python -m pytest -W "ignore:You are using a Python version:FutureWarning" \
+	  tests/test_modeling_tf.py tests/training/test_trainer_tf.py
+
 lint: venv
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -54,4 +67,4 @@ bench: venv
 	$(PY) benchmarks/train_pt.py
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-tf218

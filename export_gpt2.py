@@ -10,16 +10,16 @@ multiplied out. Markdown/EXPORT.md goes on to ONNX Runtime, llama.cpp and CTrans
 from collections.abc import Sequence
 from pathlib import Path
 
-from algpt2.errors import run_script
 from algpt2.options import ExportOptions, parse
+from algpt2.system.script import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Export the checkpoint that the options name."""
-    options = parse(ExportOptions, argv)
-    from algpt2.convert_pt import WEIGHTS_FILE, export_gpt2
-    from algpt2.mirror import fetch_checkpoint
-    from algpt2.report import log
+    options = parse(ExportOptions, argv, __doc__)
+    from algpt2.export.convert_pt import WEIGHTS_FILE, export_gpt2
+    from algpt2.runs.mirror import fetch_checkpoint
+    from algpt2.system.console import log
 
     out = Path(options.out)
     config = export_gpt2(fetch_checkpoint(options.checkpoint), out, overwrite=options.overwrite)

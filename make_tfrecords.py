@@ -12,13 +12,12 @@
     python3 make_tfrecords.py --path wiki.train.tokens --detokenizer wikitext --save_path wiki/
     python3 make_tfrecords.py --verify shards/
 
-Interrupted, repeat the command: it goes on, to the same bytes, also when the disk was full or a
-file changed; what is damaged or unreadable is named, and --skip_broken leaves it out. A finished
-folder says that it is done; other options in the same folder are an error. At a URL (any of
-fsspec's) it is the same; the disk here then holds only the tokens (about half as many bytes as the
-text) and a shard per worker.
+If packing is killed, the disk is full or a file changes, repeat the command: it continues to the
+same bytes. Damaged and unreadable input is named; --skip_broken leaves it out. Other options in the
+same folder are an error. A folder at a URL (fsspec's: gs://, s3:// ...) works the same; the local
+disk then holds only the tokens (about half as many bytes as the text) and a shard per worker.
 
-What is left behind:
+What the command writes:
 
     save_path/0.tfrecord ...    records of tf.train.Example: `tokens`, seq_len + 1 uint16 or uint32
     save_path/manifest.json     options, tokenizer, counts of the text, checksum of every shard
@@ -27,46 +26,41 @@ What is left behind:
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from algpt2.errors import UserError, run_script
+from algpt2.errors import UserError
 from algpt2.options import DEFAULT_TOKENIZER, PackOptions, parse
+from algpt2.system.script import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Pack text, or check the shards in `--verify`."""
-    options = parse(PackOptions, argv)
+    options = parse(PackOptions, argv, __doc__)
     if options.verify:
         check(options)
-        return
-    from algpt2.archives import read_ahead
-
-    with read_ahead(options.path):
+    else:
         pack_text(options)
 
 
 def pack_text(options: PackOptions) -> None:
     """Pack `--path` into `--save_path`."""
-    # Behind the options, so that --help answers at once.
-    from algpt2.packing import pack
-    from algpt2.report import log
+    # Imported after the options are parsed, so that --help answers at once.
+    from algpt2.shards.packing import pack
+    from algpt2.system.console import log
     from algpt2.tokenization_algpt2 import load_tokenizer
 
-    given = asdict(options)
     tokenizer = load_tokenizer(options.tokenizer or DEFAULT_TOKENIZER)
-    for name, value in given.items():
+    for name, value in asdict(options).items():
         log(f"{name}: {value}")
     log(
         f"vocabulary: {tokenizer.vocab_size:,} entries, tokens stored as {tokenizer.dtype.__name__}"
     )
-    for name in ("path", "tokenizer", "save_path", "min_seq_len", "verify", "debug"):
-        given.pop(name)
-    pack(options.path, tokenizer, options.save_path, **given)
+    pack(options, tokenizer)
 
 
 def check(options: PackOptions) -> None:
     """Read every byte of `--verify`; `UserError` if anything is wrong."""
-    from algpt2.parallel import available_cores
-    from algpt2.report import log
-    from algpt2.tfrecords import verify
+    from algpt2.shards.tfrecords import verify
+    from algpt2.system.console import log
+    from algpt2.system.parallel import available_cores
     from algpt2.tokenization_algpt2 import load_tokenizer
 
     fingerprint = load_tokenizer(options.tokenizer).fingerprint if options.tokenizer else None

@@ -10,21 +10,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from algpt2.errors import UserError, run_script
+from algpt2.errors import UserError
 from algpt2.options import PlotOptions, parse
-from algpt2.report import METRICS_FILE, read_json_lines
+from algpt2.runs.checkpoints import METRICS_FILE
+from algpt2.runs.report import read_json_lines
+from algpt2.system.script import run_script
 
 LABELS = {"tokens": "training tokens", "step": "optimizer steps", "elapsed_s": "training time (s)"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, draw, write."""
-    options = parse(PlotOptions, argv)
+    options = parse(PlotOptions, argv, __doc__)
     path = Path(options.save_path)
     check_output(path, options.overwrite)
     folders = options.runs or [str(p.parent) for p in sorted(Path("runs").rglob(METRICS_FILE))]
     if not folders:
-        raise UserError(f"no run to draw: expected its folder, or {METRICS_FILE} of one in runs/")
+        raise UserError(f"no run to draw: expected the folder of a run, or {METRICS_FILE} in runs/")
     runs = {run: read_run(Path(run)) for run in folders}
     figure = draw(runs, options.x, options.smooth)
     partial = path.with_name(f".{path.stem}.partial.png")
@@ -39,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """`UserError` if the image exists and is not one that this script drew."""
+    """`UserError` if the image exists and this script did not draw it."""
     if path.suffix.lower() != ".png":
         raise UserError(f"--save_path {path}: expected a name that ends in .png")
     if path.exists() and not overwrite and b"plot_runs.py" not in path.read_bytes()[:4096]:
-        raise UserError(f"{path} is no curve of this script: --overwrite replaces it")
+        raise UserError(f"this script did not draw {path}: --overwrite replaces it")
 
 
 def read_run(folder: Path) -> list[dict[str, Any]]:
@@ -54,15 +56,15 @@ def read_run(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / METRICS_FILE if folder.is_dir() else folder
     if not path.is_file():
-        raise UserError(f"{folder} is no run: expected {METRICS_FILE} in it")
-    lines = [x for x in read_json_lines(path) if x.get("loss", 0) is not None]  # None: skipped, NaN
+        raise UserError(f"{folder} is not a run: expected {METRICS_FILE} in it")
+    lines = [x for x in read_json_lines(path) if x.get("loss", 0) is not None]  # None: skipped
     if not lines or not all({"loss", "lr", "step", "tokens"} <= line.keys() for line in lines):
         raise UserError(f"{path} holds no training steps yet")
     return lines
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], x: str, smooth: int) -> Any:
-    """A matplotlib figure: losses above, learning rates below, one colour a run."""
+    """A matplotlib figure: losses above, learning rates below, a colour for each run."""
     from matplotlib.figure import Figure  # not pyplot: needs no display
 
     figure = Figure(figsize=(7, 5), layout="constrained")

@@ -12,13 +12,13 @@ Repeat a command and the run continues where it stopped; a finished run says so.
 
 from collections.abc import Sequence
 
-from algpt2.errors import run_script
 from algpt2.options import TrainOptions, parse
+from algpt2.system.script import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Train, evaluate or sample as the options say; returns the exit code."""
-    options = parse(TrainOptions, argv)
+    options = parse(TrainOptions, argv, __doc__)
     if options.eval_only:
         return evaluate_only(options)
     if options.sample_only:
@@ -28,69 +28,61 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def train(options: TrainOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
-    from algpt2 import loop, mirror, model_card, report, runs, training_pt
-    from algpt2.checkpoints import find_checkpoint
+    from algpt2.export.model_card import check_hub
+    from algpt2.runs.run import Run
+    from algpt2.runs.start import find_start, open_both
+    from algpt2.shards.batches import RowInputs
+    from algpt2.system.processes_pt import start_processes
+    from algpt2.training.trainer_pt import Trainer
 
-    # 1. Processes, tokenizer and data
-    processes = training_pt.start_processes(options)
-    model_card.check_hub(options.report.push_to_hub)
-    tokenizer = runs.choose_tokenizer(options.data, options.model)
-    seq_len = runs.choose_seq_len(options.data, options.model)
-    rows, val_rows = runs.open_both(options, processes, tokenizer, seq_len)
-
-    # 2. The run: new, or the continuation of the one in save_dir
-    n_steps = runs.count_steps(options.optim, len(rows), seq_len)
-    run = runs.describe_run(options, rows, val_rows, n_steps)
-    with mirror.run_folder(options.report, options.overwrite) as save_dir:
-        run = processes.on_main(lambda: report.open_run(save_dir, run, options.overwrite))
-        checkpoint = processes.on_main(lambda: report.own_checkpoint(save_dir, run))
-
-        # 3. Model and optimizer, in the state of the checkpoint
-        start = (processes, n_steps, checkpoint)
-        trainer = training_pt.build_trainer(options, tokenizer, rows, *start)
-        run |= runs.describe_model(trainer.model, seq_len)
-        done = loop.is_done(trainer)
-        report.log(runs.summary(run, trainer.step, done))
-
-        # 4. Train
-        run |= runs.measure_start(
-            trainer.step, options.model, run, lambda: training_pt.validate(trainer, val_rows)
-        )
-        if not done:
-            with loop.start_report(trainer, run) as run_report:
-                hooks = training_pt.make_hooks(trainer, tokenizer, val_rows, run, run_report)
-                done = training_pt.fit(trainer, hooks)
-                run_report.artifact(find_checkpoint(save_dir))
-    return runs.finish(done, trainer.step, run, options)
+    processes = start_processes(options)
+    check_hub(options.report.push_to_hub)
+    start = find_start(options)
+    rows, val_rows = open_both(start, options.data, processes)
+    with Run.open(options, rows, val_rows, processes) as run:
+        inputs = RowInputs(rows, options, processes)
+        trainer = Trainer.build(options, start, inputs, val_rows, processes, run)
+        done = trainer.fit(run)
+    return trainer.finish(done)
 
 
 def evaluate_only(options: TrainOptions) -> None:
     """Print and save one table of what a checkpoint scores on --val_path or --eval_sets."""
-    from algpt2 import evaluation_sets, model_card, runs, training_pt
-    from algpt2.evaluation_pt import evaluation_model
+    from algpt2.evaluation.results import ResultFiles
+    from algpt2.evaluation.scoring_pt import evaluation_model
+    from algpt2.evaluation.sets import Evaluator, choose_sets
+    from algpt2.export.model_card import check_hub, publish_evaluation
+    from algpt2.runs.start import find_start
+    from algpt2.system.processes_pt import start_processes
+    from algpt2.training.trainer_pt import build_model
 
-    processes = training_pt.start_processes(options)
-    model_card.check_hub(options.report.push_to_hub)
-    tokenizer = runs.choose_tokenizer(options.data, options.model, trains=False)
-    results = evaluation_sets.ResultFiles(runs.result_folder(options.model))
+    processes = start_processes(options)
+    check_hub(options.report.push_to_hub)
+    start = find_start(options)
+    results = ResultFiles(start.result_folder)
     with processes.main_first():
-        seq_len, sets = evaluation_sets.choose_sets(options, tokenizer)
-    model = training_pt.build_model(options.model, tokenizer, seq_len).to(processes.device)
-    evaluator = evaluation_sets.Evaluator(
-        evaluation_model(model, processes, seq_len, options.optim.batch_size),
-        tokenizer, options, precision=str(processes.dtype).removeprefix("torch."),
-    )  # fmt: skip
-    evaluation_sets.evaluate_all(evaluator, sets, results, options)
+        sets = choose_sets(options, start)
+    model = build_model(start).to(processes.device)
+    scorer = evaluation_model(model, processes, start.seq_len, options.optim.batch_size)
+    precision = str(processes.dtype).removeprefix("torch.")
+    evaluator = Evaluator(
+        scorer, start.tokenizer, options, precision=precision, checkpoint=start.name
+    )
+    evaluator.evaluate_all(sets, results)
+    publish_evaluation(start.folder, options.report)
 
 
 def sample_only(options: TrainOptions) -> None:
     """Print samples of a checkpoint."""
-    from algpt2 import runs, sampling, sampling_pt, training_pt
+    from algpt2.evaluation.sampling import print_samples
+    from algpt2.evaluation.sampling_pt import sample_texts
+    from algpt2.runs.start import find_start
+    from algpt2.system.processes_pt import start_processes
+    from algpt2.training.trainer_pt import build_model
 
-    processes = training_pt.start_processes(options)
-    tokenizer = runs.choose_tokenizer(options.data, options.model, trains=False)
-    model = training_pt.build_model(options.model, tokenizer, None).to(processes.device)
-    sampling.print_samples(sampling_pt.sample_texts, model, tokenizer, options)
+    processes, start = start_processes(options), find_start(options)
+    model = build_model(start).to(processes.device)
+    print_samples(sample_texts, model, start.tokenizer, options)
 
 
 if __name__ == "__main__":

@@ -15,84 +15,79 @@ Repeat a command (on every worker) and the run continues where it stopped; a fin
 
 from collections.abc import Sequence
 
-from algpt2.errors import import_tensorflow, run_script
 from algpt2.options import TFRecordOptions, parse
+from algpt2.system.script import import_tensorflow, run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Train or evaluate as the options say; returns the exit code."""
-    options = parse(TFRecordOptions, argv)
+    options = parse(TFRecordOptions, argv, __doc__)
     if options.dry_run:
-        from algpt2 import dry_run
+        from algpt2.tpu import dry_run
 
-        return dry_run.run(options)
+        tpu = dry_run.check_command(options)  # before TensorFlow is imported
+        from algpt2.tpu import dry_run_tf
+
+        return dry_run_tf.run(options, tpu)
     import_tensorflow()
     return evaluate_only(options) if options.eval_only else train(options)
 
 
 def train(flags: TFRecordOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
-    from algpt2 import input_tf, loop, mirror, report, runs, training_tf
+    from algpt2.runs.run import Run
+    from algpt2.runs.start import Start
+    from algpt2.shards.inputs_tf import FileRows, ShardInputs, check_shards, find_shards
+    from algpt2.system.console import log
+    from algpt2.system.processes_tf import start_processes
+    from algpt2.training.trainer_tf import Trainer
 
-    # 1. Devices, and shards that fit them and the model
-    options = flags.train_options()
-    processes = training_tf.start_processes(options, flags.tpu)
-    config, exact = runs.source_config(options.model), not flags.checkpoint
-    shards = input_tf.find_shards("--train_path", flags.train_path)
-    val_shards = input_tf.find_shards("--val_path", flags.val_path)
-    n_hosts = processes.n_hosts
-    input_tf.check_shards("--train_path", shards, n_hosts, flags.seq_len, config, exact)
-    input_tf.check_shards("--val_path", val_shards, 1, flags.seq_len, config, exact)
-    tokenizer = runs.tokenizer_of(options, shards.manifest)
-    inputs = input_tf.ShardInputs(shards, options, processes)
-    val_rows = input_tf.FileRows(val_shards)
-
-    # 2. The run: new, or the continuation of the one in save_dir
-    n_rows = flags.train_len or shards.manifest.n_rows
-    if n_rows != shards.manifest.n_rows:
-        report.log(f"--train_len {n_rows:,}: the shards hold {shards.manifest.n_rows:,} rows")
-    n_steps = runs.count_steps(options.optim, n_rows, inputs.seq_len)
-    run = runs.describe_run(options, shards, val_shards, n_steps)
-    with mirror.run_folder(options.report, options.overwrite) as save_dir:
-        run, checkpoint = training_tf.open_run(save_dir, run, options.overwrite, processes)
-
-        # 3. Model and optimizer, in the state of the checkpoint
-        trainer = training_tf.build_trainer(
-            options, tokenizer, inputs, processes, n_steps, checkpoint
-        )
-        run |= runs.describe_model(trainer.model, inputs.seq_len)
-        done = loop.is_done(trainer)
-        report.log(runs.summary(run, trainer.step, done))
-
-        # 4. Train
-        run |= runs.measure_start(
-            trainer.step, options.model, run, lambda: training_tf.validate(trainer, val_rows)
-        )
-        if not done:
-            with loop.start_report(trainer, run) as run_report:
-                hooks = training_tf.make_hooks(trainer, tokenizer, val_rows, run, run_report)
-                done = training_tf.fit(trainer, hooks)
-    return runs.finish(done, trainer.step, run, options)
+    options, n_rows = flags.train_options(), flags.optim.train_len
+    processes = start_processes(options, flags.tpu)
+    start = Start.find(options.model)
+    data, fits = options.data, (options.data.seq_len, start.config(), not options.model.checkpoint)
+    shards = find_shards("--train_path", data.train_path)
+    val_shards = find_shards("--val_path", data.val_path)
+    check_shards("--train_path", shards, processes.n_hosts, *fits)
+    check_shards("--val_path", val_shards, 1, *fits)
+    if n_rows not in (None, shards.manifest.n_rows):
+        log(f"--train_len {n_rows:,}: the shards hold {shards.manifest.n_rows:,} rows")
+    start = start.with_shards(data, shards.manifest)
+    with Run.open(options, shards, val_shards, processes, n_rows) as run:
+        inputs = ShardInputs(shards, options, processes)
+        trainer = Trainer.build(options, start, inputs, FileRows(val_shards), processes, run)
+        done = trainer.fit(run)
+    return trainer.finish(done)
 
 
 def evaluate_only(flags: TFRecordOptions) -> None:
     """Print and save one table of loss, perplexities and bits per byte of a checkpoint."""
-    from algpt2 import evaluation_sets, input_tf, report, runs, training_tf
+    from algpt2.evaluation.results import ResultFiles
+    from algpt2.evaluation.sets import evaluation_of_rows
+    from algpt2.export.model_card import publish_evaluation
+    from algpt2.runs.start import Start
+    from algpt2.shards.inputs_tf import FileRows, check_shards, find_shards
+    from algpt2.system.console import Progress
+    from algpt2.system.processes_tf import start_processes
+    from algpt2.training.trainer_tf import build_model, evaluate
 
     options = flags.train_options()
-    results = evaluation_sets.ResultFiles(runs.result_folder(options.model))
-    processes = training_tf.start_processes(options, flags.tpu)
-    shards = input_tf.find_shards("--val_path", flags.val_path)
+    start = Start.find(options.model)
+    results = ResultFiles(start.result_folder)
+    processes = start_processes(options, flags.tpu)
+    shards = find_shards("--val_path", options.data.val_path)
     with processes.strategy.scope():
-        model = training_tf.build_model(options.model, None, None, processes.dtype)
-    input_tf.check_shards("--val_path", shards, 1, flags.seq_len, model.config.to_dict(), False)
-    rows = input_tf.FileRows(shards)
-    with report.Progress("evaluate", total=len(rows), unit="row") as progress:
+        model = build_model(start, processes.dtype)
+    seq_len, config = options.data.seq_len, model.config.to_dict()
+    check_shards("--val_path", shards, 1, seq_len, config, False)
+    rows = FileRows(shards)
+    with Progress("evaluate", total=len(rows), unit="row") as progress:
         batch_size = options.optim.batch_size
-        loss = training_tf.evaluate(model, rows, processes, batch_size, tick=progress.update)
-    one = evaluation_sets.evaluation_of_rows(options, rows.manifest, loss, str(processes.dtype))
-    results.add(one)
-    evaluation_sets.publish([one], results, options)
+        loss = evaluate(model, rows, processes, batch_size, tick=progress.update)
+    evaluation = evaluation_of_rows(options, start.name, rows.manifest, loss, processes.dtype)
+    results.add(evaluation)
+    results.show([evaluation])
+    publish_evaluation(start.folder, options.report)
 
 
 if __name__ == "__main__":

@@ -13,44 +13,43 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from algpt2.errors import run_script
 from algpt2.options import TokenizerOptions, parse
+from algpt2.system.script import run_script
 
 if TYPE_CHECKING:
-    from algpt2.corpus import CorpusReport
+    from algpt2.corpus.parts import CorpusCounts
     from algpt2.tokenization_algpt2 import TextTokenizer
 
-HELD_OUT_FRACTION = 0.01  # of the documents, chosen by their hash, to measure bytes per token on
-HELD_OUT_BYTES = 5_000_000  # of them at most: enough for three digits
+HELD_OUT_FRACTION = 0.01  # of the documents, by hash: bytes per token is measured on them
+HELD_OUT_BYTES = 5_000_000  # at most: enough for three digits
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, save and measure the tokenizer that the options describe."""
-    options = parse(TokenizerOptions, argv)
-    # Behind the options, so that --help answers at once.
-    from algpt2.corpus import CorpusReport, documents
-    from algpt2.report import log
+    options = parse(TokenizerOptions, argv, __doc__)
+    # Imported after the options are parsed, so that --help answers at once.
+    from algpt2.corpus.documents import documents
+    from algpt2.corpus.parts import CorpusCounts, Reading
+    from algpt2.system.console import log
     from algpt2.tokenization_algpt2 import END_OF_TEXT, load_tokenizer, save, train
 
     for name, value in asdict(options).items():
         log(f"{name}: {value}")
-    report, start_s = CorpusReport(), time.monotonic()
-    texts = documents(
-        options.train_path, n_files=options.n_files, text_key=options.text_key,
-        skip_broken=options.skip_broken, report=report,
-    )  # fmt: skip
+    counts, start_s = CorpusCounts(), time.monotonic()
+    reading = Reading(options.text_key, skip_broken=options.skip_broken)
+    texts = documents(options.train_path, reading, n_files=options.n_files, counts=counts)
     Path(options.save_path).mkdir(parents=True, exist_ok=True)  # fails before the work, not after
 
-    # 1. Training on all documents but a few
+    # 1. Train on all documents but a few
     held_out: list[str] = []
     has_valid_split = set(options.train_path) <= {"docs:", "docs:train"}
     if not has_valid_split:
         texts = hold_out(texts, held_out)
-    texts = shown(texts, options.max_bytes, report)
+    texts = shown(texts, options.max_bytes, counts)
     tokenizer = train(texts, vocab_size=options.vocab_size, control_codes=options.control_codes)
     seconds = time.monotonic() - start_s
 
-    # 2. Saving, and measuring what was saved
+    # 2. Save, and measure the saved tokenizer
     written = save(tokenizer, options.save_path, overwrite=options.overwrite)
     saved = load_tokenizer(options.save_path)
     log(bytes_per_token(saved, list(documents("docs:valid")) if has_valid_split else held_out))
@@ -60,22 +59,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def shown(texts: Iterable[str], max_bytes: int | None, report: "CorpusReport") -> Iterator[str]:
-    """Pass at most `max_bytes` of `texts` on, with a progress bar, and say what `report` counts."""
-    from algpt2.corpus import first_bytes
-    from algpt2.report import Progress, log
+def shown(texts: Iterable[str], max_bytes: int | None, counts: "CorpusCounts") -> Iterator[str]:
+    """Pass on at most `max_bytes` of `texts`, with a progress bar; then log `counts`."""
+    from algpt2.corpus.documents import first_bytes
+    from algpt2.system.console import Progress, log
 
     start_s = time.monotonic()
     with Progress("read", total=max_bytes, unit="B") as progress:
         for text in texts if max_bytes is None else first_bytes(texts, max_bytes):
             yield text
-            progress.update(report.text_bytes - progress.done)
-    log(f"read {report.summary()} in {time.monotonic() - start_s:.1f} s; merging")
+            progress.update(counts.text_bytes - progress.done)
+    log(f"read {counts} in {time.monotonic() - start_s:.1f} s; merging")
 
 
 def hold_out(texts: Iterable[str], held_out: list[str]) -> Iterator[str]:
-    """Pass `texts` on; a small part of them, never the first, goes to `held_out` instead."""
-    from algpt2.corpus import hash_fraction
+    """Pass on `texts`, but put a small part of them, never the first, into `held_out`."""
+    from algpt2.corpus.docstrings import hash_fraction
 
     n_bytes = 0
     for n, text in enumerate(texts):
@@ -87,7 +86,7 @@ def hold_out(texts: Iterable[str], held_out: list[str]) -> Iterator[str]:
 
 
 def bytes_per_token(tokenizer: "TextTokenizer", texts: Sequence[str]) -> str:
-    """How well `tokenizer` compresses texts that were held out, as words for the log."""
+    """A line for the log: how well `tokenizer` compresses the held-out texts."""
     if not texts:
         return "bytes per token: not measured, too few documents to hold one out"
     n_bytes = sum(len(text.encode()) for text in texts)

@@ -1,12 +1,13 @@
 """ALGPT2's configuration: GPT-2's keys, the embedding size, and which block each layer uses.
 
-GPT-2 is the special case `num_hidden_groups = n_layer`, `embedding_size = n_embd`. Everything that
-follows from the shape alone is here in closed form: layer map, parameter counts, FLOPs.
+GPT-2 is the special case `num_hidden_groups = n_layer`, `embedding_size = n_embd`. This file also
+computes what follows from the shape alone: layer map, parameter counts, FLOPs.
 
-This file and `modeling_algpt2.py` travel inside checkpoint folders (`trust_remote_code`), so they
-import nothing but each other, torch, transformers and what it stands on, and raise `ValueError`.
+Checkpoint folders hold copies of this file, kernels_algpt2.py and modeling_algpt2.py for
+`trust_remote_code`. So the three import only each other, torch, transformers and its requirements,
+and raise `ValueError`.
 
-    V vocab_size   P n_positions   E embedding_size   C n_embd   I n_inner (4 C)   L n_layer
+    T tokens of a sequence   E embedding_size   C n_embd   L n_layer
     K num_hidden_groups, the number of stored blocks
 """
 
@@ -17,16 +18,16 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GPT2Config
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-MAX_LAYERS, MAX_SIZE = 10_000, 2**24  # beyond them a configuration is damaged, or a trap
+MAX_LAYERS, MAX_SIZE = 10_000, 2**24  # a configuration with more is damaged or hostile
 
-# Names in weight files. Those of the original have one block and no index:
+# Names in weight files. A file of the original ALGPT2 names its block without an index:
 # transformer.h.ln_1.weight. Older GPT-2 files hold causal masks as buffers.
 UNINDEXED = r"(ln_1|attn|ln_2|mlp)\."
 MASK_BUFFERS = r"\.attn\.(masked_)?bias$"
 
 
 class ALGPT2Config(GPT2Config):
-    """GPT-2's configuration plus four keys; files of the original have only the first.
+    """GPT-2's configuration and four more keys; files of the original ALGPT2 have only the first.
 
     Args:
         embedding_size: width E of token and position embeddings; None: n_embd, no factorization.
@@ -36,7 +37,7 @@ class ALGPT2Config(GPT2Config):
         residual_init_scale: factor on `initializer_range` for the two `c_proj` weights of a block;
             None: GPT-2's 1 / sqrt(2 n_layer).
     Raises:
-        ValueError: sizes that do not fit together; expected, got, what to do.
+        ValueError: a value is out of range, or two values do not fit together.
     """
 
     model_type = "algpt2"
@@ -58,7 +59,7 @@ class ALGPT2Config(GPT2Config):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The keys of a config.json; those of a stock GPT-2 as the ALGPT2 that it is, K = L."""
+        """The keys of a config.json; a stock GPT-2's become those of an ALGPT2 with K = L."""
         keys, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if keys.get("model_type", "gpt2") not in (cls.model_type, GPT2Config.model_type):
             raise ValueError(f"expected model_type gpt2 or algpt2, got {keys['model_type']!r}")
@@ -69,7 +70,7 @@ class ALGPT2Config(GPT2Config):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The configuration with `kwargs` in place of its keys; what is derived follows them."""
+        """The configuration; `kwargs` replace its keys before defaults are derived from them."""
         own = GPT2Config.__annotations__.keys() | cls.__annotations__.keys()
         given = {key: kwargs.pop(key) for key in own & kwargs.keys()}
         try:
@@ -78,13 +79,15 @@ class ALGPT2Config(GPT2Config):
             raise ValueError(f"config.json: {error.__cause__ or error}; mend the key") from error
 
     def check(self) -> None:
-        """ValueError unless the values fit; the model asks again, for what was set since."""
+        """Raise `ValueError` unless the values fit; models call it, as attributes can change."""
         self._check_sizes()
         self._check_numbers()
         self._check_layer_map()
         for key in ("add_cross_attention", "reorder_and_upcast_attn"):
             if getattr(self, key):
-                raise ValueError(f"expected {key}=false, got true: ALGPT2 has none; remove the key")
+                raise ValueError(
+                    f"expected {key}=false, got true: ALGPT2 does not support it; remove the key"
+                )
 
     def _check_sizes(self) -> None:
         sizes = "vocab_size n_positions n_embd n_layer n_head embedding_size num_hidden_groups"
@@ -128,7 +131,7 @@ class ALGPT2Config(GPT2Config):
                     f" and num_hidden_groups={groups}; change one of them, or give a layer_map"
                 )
             return
-        # Every block is used: one that is not would never get a gradient.
+        # A block that no layer uses would never get a gradient.
         is_list = isinstance(layer_map, list | tuple) and all(type(i) is int for i in layer_map)
         if not is_list or len(layer_map) != n_layer or {*layer_map} != {*range(groups)}:
             raise ValueError(
@@ -137,10 +140,10 @@ class ALGPT2Config(GPT2Config):
             )
 
     def block_of_layers(self) -> list[int]:
-        """Index of the stored block that each of the `n_layer` virtual layers uses."""
+        """For each of the L layers the index of the stored block that it applies."""
         if self.layer_map is not None:
             return list(self.layer_map)
-        # Integers: ALBERT's float arithmetic is wrong from L = K = 22 on (layer 15 gets block 14).
+        # ALBERT's float arithmetic is wrong from L = K = 22 on: layer 15 gets block 14.
         return [layer * self.num_hidden_groups // self.n_layer for layer in range(self.n_layer)]
 
     @property
@@ -161,7 +164,7 @@ class ALGPT2Config(GPT2Config):
         return attention + mlp + 4 * width
 
     def embedding_parameters(self) -> int:
-        """Parameters of both tables, `projection_layer` and `dense`; the head too if untied."""
+        """Parameters of both embeddings, `projection_layer` and `dense`, and of an untied head."""
         size, width = self.embedding_size, self.n_embd
         tables = (self.vocab_size + self.n_positions) * size
         projections = self.is_factorized * (size * width + width + width * size + size)
@@ -178,11 +181,12 @@ class ALGPT2Config(GPT2Config):
         return self.embedding_parameters() + blocks + 2 * self.n_embd
 
     def flops_per_token(self, seq_len: int) -> int:
-        """FLOPs of training (forward and backward) for one token in a sequence of `seq_len` tokens.
+        """FLOPs of training (forward and backward) for one token in a sequence of T = `seq_len`.
 
-        6 N + 12 L C T: N weights of matrix products, head included and lookups not, a shared one
-        counted as often as it is applied; attention scores over all T positions as if not causal.
-        Recomputation by gradient checkpointing is not counted.
+        6 W + 12 L C T. W is the number of weights in matrix products: it includes the head, leaves
+        out lookups, and counts a shared weight once for each layer that applies it. Attention
+        scores count over all T positions, as if not causal; recomputation by gradient checkpointing
+        does not count.
         """
         width = self.n_embd
         block = width * 3 * width + width * width + 2 * width * self.inner_size
@@ -191,7 +195,7 @@ class ALGPT2Config(GPT2Config):
         return 6 * applied + 12 * self.n_layer * width * seq_len
 
 
-# The copy of this file in a checkpoint folder must not take the place of an installed package;
-# transformers finds that copy by the folder's own "auto_map".
+# The copy of this file in a checkpoint folder must not replace an installed package. transformers
+# finds the copy by the "auto_map" in the folder's config.json.
 if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
     AutoConfig.register(ALGPT2Config.model_type, ALGPT2Config, exist_ok=True)

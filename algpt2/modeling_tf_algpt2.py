@@ -1,193 +1,68 @@
 """ALGPT2 in Keras 3 on TensorFlow: the modules of modeling_algpt2.py, same names, same order.
 
-    B batch   T time   S time with the cached past   V vocabulary   E embedding_size   C n_embd
-    H heads   D = C / H   L layers   K stored blocks   N = B T
+    B batch   T time   S time with the cached past   V vocab_size   E embedding_size   C n_embd
+    H heads   D = C / H   I inner size of the MLP   L layers   K stored blocks
 
-A layer's name is its name in the weight files and its arrays have the layout that they have there,
-so a variable `transformer.h.0.attn.c_attn.weight` is the tensor of that name in model.safetensors:
-no table, no transposition. transformers has no TensorFlow models any more; this one also loads
-gpt2, distilgpt2 and any other GPT-2 checkpoint.
+A layer's name is its name in the weight files, and its arrays have the layout that they have there:
+a variable `transformer.h.0.attn.c_attn.weight` is the tensor of that name in model.safetensors. So
+loading needs no table and no transposition. transformers has no TensorFlow models any more; this
+one also loads gpt2, distilgpt2 and any other GPT-2 checkpoint. kernels_tf_algpt2.py holds the
+fused functions and the loss.
 """
 
+import functools
 import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
+from .kernels_tf_algpt2 import (
+    LOSS_ROWS,
+    LOSS_ROWS_CPU,
+    activation,
+    causal_softmax,
+    dropout,
+    embed,
+    head_cross_entropy,
+    layer_norm,
+    masked_softmax,
+    static_shape,
+)
+
 if TYPE_CHECKING:  # transformers' configurations import torch where it is installed
     from .configuration_algpt2 import ALGPT2Config
 
 Cache = list[tuple[tf.Tensor, tf.Tensor]]  # for each of the L layers: key, value (B, H, S, D)
 
-WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
-# Rows of float32 logits that the loss holds at a time; as in modeling_algpt2.py.
-LOSS_ROWS_CPU = 256
-LOSS_ROWS = 2048
-# Pieces stand in the graph one by one: of 512 rows of 1,024 tokens, 2,048 took minutes to trace.
-MAX_PIECES = 128
-
-# XLA makes one pass of chains of element-wise operations, which TensorFlow runs one by one: on CPU
-# GELU with its gradient takes a fifth of the time. Matrix products stay outside: XLA's are slower.
-fused = tf.function(jit_compile=True)
-
-
-# --- functions with gradients of their own -------------------------------------------------------
-
-
-@fused
-def _gelu(x: tf.Tensor) -> tf.Tensor:
-    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
-    return 0.5 * x * (1 + tf.tanh(inner))
-
-
-@fused
-def _d_gelu(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
-    scale = math.sqrt(2 / math.pi)
-    t = tf.tanh(scale * (x + 0.044715 * x * x * x))
-    slope = scale * (1 + 3 * 0.044715 * x * x)
-    return dy * 0.5 * (1 + t + x * (1 - t * t) * slope)
-
-
-@tf.custom_gradient
-def gelu_new(x: tf.Tensor) -> tf.Tensor:
-    """GPT-2's GELU (tanh form, arXiv:1606.08415); backward holds nothing but its input."""
-    return _gelu(x), lambda dy: _d_gelu(x, dy)
-
-
-ACTIVATIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
-    "gelu_new": gelu_new,
-    "gelu_pytorch_tanh": gelu_new,
-    "gelu": lambda x: tf.nn.gelu(x, approximate=False),
-    "relu": tf.nn.relu,
-    "silu": tf.nn.silu,
-    "swish": tf.nn.silu,
-    "tanh": tf.tanh,
-}
-
-
-def _normalize(x: tf.Tensor, epsilon: float) -> tuple[tf.Tensor, tf.Tensor]:
-    x = tf.cast(x, tf.float32)
-    x -= tf.reduce_mean(x, -1, keepdims=True)
-    rsqrt = tf.math.rsqrt(tf.reduce_mean(x * x, -1, keepdims=True) + epsilon)
-    return x * rsqrt, rsqrt
-
-
-@fused
-def _layer_norm(x: tf.Tensor, weight: tf.Tensor, bias: tf.Tensor, epsilon: float) -> tf.Tensor:
-    return _normalize(x, epsilon)[0] * weight + bias
-
-
-@fused
-def _d_layer_norm(
-    x: tf.Tensor, weight: tf.Tensor, dy: tf.Tensor, epsilon: float
-) -> tuple[tf.Tensor, ...]:
-    normal, rsqrt = _normalize(x, epsilon)
-    d_normal = dy * weight
-    mean = tf.reduce_mean(d_normal, -1, keepdims=True)
-    along = tf.reduce_mean(d_normal * normal, -1, keepdims=True)
-    others = [*range(x.shape.rank - 1)]
-    d_weight, d_bias = tf.reduce_sum(dy * normal, others), tf.reduce_sum(dy, others)
-    return (d_normal - mean - normal * along) * rsqrt, d_weight, d_bias
-
-
-def layer_norm(x: tf.Tensor, weight: tf.Tensor, bias: tf.Tensor, epsilon: float) -> tf.Tensor:
-    """Layer norm over the last axis in float32; backward holds nothing but its input."""
-
-    @tf.custom_gradient
-    def apply(x: tf.Tensor, weight: tf.Tensor, bias: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-        y = _layer_norm(x, weight, bias, epsilon)
-        return y, lambda dy: _d_layer_norm(x, weight, dy, epsilon)
-
-    return apply(x, weight, bias)
-
-
-@fused
-def _causal_softmax(scores: tf.Tensor, scaling: float) -> tf.Tensor:
-    return _masked_softmax(scores, scaling, None)
-
-
-@fused
-def _d_softmax(weights: tf.Tensor, d_weights: tf.Tensor, scaling: float) -> tf.Tensor:
-    p, d_p = (tf.cast(x, tf.float32) for x in (weights, d_weights))
-    d_scores = p * (d_p - tf.reduce_sum(p * d_p, -1, keepdims=True)) * scaling
-    return tf.cast(d_scores, weights.dtype)
-
-
-def causal_softmax(scores: tf.Tensor, scaling: float) -> tf.Tensor:
-    """Attention weights (B, H, T, T) of square scores: each position and those before it."""
-
-    @tf.custom_gradient
-    def apply(scores: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-        weights = _causal_softmax(scores, scaling)
-        return weights, lambda d_weights: _d_softmax(weights, d_weights, scaling)
-
-    return apply(scores)
-
-
-def _masked_softmax(
-    scores: tf.Tensor, scaling: float, attention_mask: tf.Tensor | None
-) -> tf.Tensor:
-    """Attention weights (B, H, T, S) in float32, rounded to the dtype of the scores.
-
-    Args:
-        attention_mask: (B, S), 0 for padding.
-    """
-    n_queries, n_keys = tf.shape(scores)[-2], tf.shape(scores)[-1]
-    ages = tf.range(n_keys)[None, :] - tf.range(n_queries)[:, None]
-    visible = ages <= n_keys - n_queries
-    if attention_mask is not None:
-        visible = visible & tf.cast(attention_mask, tf.bool)[:, None, None, :]
-    masked = tf.where(visible, tf.cast(scores, tf.float32) * scaling, tf.float32.min)
-    return tf.cast(tf.nn.softmax(masked), scores.dtype)
-
-
-@tf.custom_gradient
-def embed(weight: tf.Tensor, ids: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-    """Rows `ids` (...) of `weight` (V, E), with a dense gradient: head and embedding share it."""
-
-    def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, None]:
-        rows = tf.reshape(dy, [-1, dy.shape[-1]])
-        return tf.math.unsorted_segment_sum(rows, tf.reshape(ids, [-1]), weight.shape[0]), None
-
-    return tf.gather(weight, ids), gradient
-
-
-def dropout(x: tf.Tensor, rate: float, seed: tf.Tensor | None, site: int) -> tf.Tensor:
-    """Dropout as a function of the seed (2,) of the step and the place in the model.
-
-    `seed=None`: none, as in evaluation.
-    """
-    if seed is None or not rate:
-        return x
-    seed = tf.random.experimental.stateless_fold_in(tf.cast(seed, tf.int32), site)
-    return tf.nn.experimental.stateless_dropout(x, rate, seed, rng_alg="philox")
-
-
-# --- the model -----------------------------------------------------------------------------------
+# --- layers --------------------------------------------------------------------------------------
 
 
 class Module(keras.layers.Layer):
     """A layer whose name and variables are those of the weight files.
 
-    Parameters are float32; what multiplies matrices casts to the policy's compute dtype itself,
-    so that norms, softmax and the residual stream stay in float32 as under torch.autocast.
+    Parameters are float32. A layer that multiplies matrices casts to the policy's compute dtype
+    itself; norms, softmax and the residual stream stay in float32, as under torch.autocast.
     """
 
     def __init__(self, config: "ALGPT2Config", name: str, policy: Any, seed: int) -> None:
         super().__init__(name=name, dtype=policy, autocast=False)
-        self.config, self.rest = config, (policy, seed)
+        self.config, self.init_seed = config, seed
+
+    def child(self, name: str, kind: type["Module"], *sizes: int) -> Any:
+        """A new layer of class `kind` whose name is `{name of this layer}.{name}`."""
+        return kind(*sizes, self.config, f"{self.name}.{name}", self.dtype_policy, self.init_seed)
 
     def parameter(self, kind: str, shape: Sequence[int], std: float, mean: float = 0.0) -> Any:
         """The variable `{name of this layer}.{kind}`, normal with `std` around `mean`."""
         name = f"{self.name}.{kind}"
-        seed = (zlib.crc32(name.encode()) + self.rest[1]) % 2**31
+        seed = (zlib.crc32(name.encode()) + self.init_seed) % 2**31
         initializer = (
             keras.initializers.RandomNormal(mean, std, seed=seed)
             if std
@@ -197,15 +72,15 @@ class Module(keras.layers.Layer):
         return self.add_weight(name=name, shape=shape, initializer=initializer, autocast=False)
 
     def cast(self, *tensors: Any) -> list[tf.Tensor]:
-        """In the dtype of matrix products."""
+        """The tensors in the dtype of matrix products."""
         return [tf.cast(tensor, self.compute_dtype) for tensor in tensors]
 
 
 class Embedding(Module):
-    """`weight` (n, E)."""
+    """Token or position embedding, (B, T) -> (B, T, E): `weight` (n, E)."""
 
-    def __init__(self, n: int, size: int, config: "ALGPT2Config", *rest: Any) -> None:
-        super().__init__(config, *rest)
+    def __init__(self, n: int, size: int, config: "ALGPT2Config", *arguments: Any) -> None:
+        super().__init__(config, *arguments)
         self.weight = self.parameter("weight", (n, size), config.initializer_range)
 
     def call(self, ids: tf.Tensor) -> tf.Tensor:
@@ -213,48 +88,50 @@ class Embedding(Module):
 
 
 class Conv1D(Module):
-    """GPT-2's projection: `weight` (in, out), `bias` (out,)."""
+    """GPT-2's projection, (..., n_in) -> (..., n_out): `weight` (n_in, n_out), `bias` (n_out,)."""
 
     residual = False
 
-    def __init__(self, n_out: int, n_in: int, config: "ALGPT2Config", *rest: Any) -> None:
-        super().__init__(config, *rest)
+    def __init__(self, n_out: int, n_in: int, config: "ALGPT2Config", *arguments: Any) -> None:
+        super().__init__(config, *arguments)
         std = config.initializer_range * (config.residual_init_scale if self.residual else 1)
         self.weight = self.parameter("weight", (n_in, n_out), std)
         self.bias = self.parameter("bias", (n_out,), 0.0)
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         x, weight, bias = self.cast(x, self.weight, self.bias)
-        # As one matrix: a product with a batch axis is many small ones to TensorFlow.
-        y = tf.matmul(tf.reshape(x, [-1, weight.shape[0]]), weight)
-        return tf.reshape(tf.nn.bias_add(y, bias), [*_shape(x)[:-1], weight.shape[1]])
+        # TensorFlow computes a product with a batch axis as many small ones.
+        rows = tf.reshape(x, [-1, weight.shape[0]])  # (B T, n_in)
+        y = tf.matmul(rows, weight)
+        return tf.reshape(tf.nn.bias_add(y, bias), [*static_shape(x)[:-1], weight.shape[1]])
 
 
 class ResidualConv1D(Conv1D):
-    """A projection onto the residual stream: a class, because its initialisation is its own."""
+    """A projection onto the residual stream, whose initial weights are scaled."""
 
     residual = True
 
 
 class Linear(Module):
-    """`weight` (out, in) and `bias` (out,)."""
+    """`nn.Linear`, (..., n_in) -> (..., n_out): `weight` (n_out, n_in), `bias` (n_out,)."""
 
-    def __init__(self, n_in: int, n_out: int, config: "ALGPT2Config", *rest: Any) -> None:
-        super().__init__(config, *rest)
+    def __init__(self, n_in: int, n_out: int, config: "ALGPT2Config", *arguments: Any) -> None:
+        super().__init__(config, *arguments)
         self.weight = self.parameter("weight", (n_out, n_in), config.initializer_range)
         self.bias = self.parameter("bias", (n_out,), 0.0)
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         x, weight, bias = self.cast(x, self.weight, self.bias)
-        y = tf.matmul(tf.reshape(x, [-1, weight.shape[1]]), weight, transpose_b=True)
-        return tf.reshape(tf.nn.bias_add(y, bias), [*_shape(x)[:-1], weight.shape[0]])
+        rows = tf.reshape(x, [-1, weight.shape[1]])  # (B T, n_in)
+        y = tf.matmul(rows, weight, transpose_b=True)
+        return tf.reshape(tf.nn.bias_add(y, bias), [*static_shape(x)[:-1], weight.shape[0]])
 
 
 class LayerNorm(Module):
-    """`weight` and `bias` (C,)."""
+    """Layer norm, (B, T, C) -> (B, T, C): `weight` (C,), `bias` (C,)."""
 
-    def __init__(self, size: int, config: "ALGPT2Config", *rest: Any) -> None:
-        super().__init__(config, *rest)
+    def __init__(self, size: int, config: "ALGPT2Config", *arguments: Any) -> None:
+        super().__init__(config, *arguments)
         self.weight = self.parameter("weight", (size,), 0.0, mean=1.0)
         self.bias = self.parameter("bias", (size,), 0.0)
 
@@ -263,104 +140,110 @@ class LayerNorm(Module):
         return layer_norm(x, weight, bias, self.config.layer_norm_epsilon)
 
 
-class TFALGPT2Attention(Module):
-    """Causal self-attention. Which layer it serves comes with the call: blocks are shared."""
+# --- the model -----------------------------------------------------------------------------------
 
-    def __init__(self, config: "ALGPT2Config", name: str, *rest: Any) -> None:
-        super().__init__(config, name, *rest)
-        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd, config, f"{name}.c_attn", *rest)
-        self.c_proj = ResidualConv1D(config.n_embd, config.n_embd, config, f"{name}.c_proj", *rest)
+
+class TFALGPT2Attention(Module):
+    """Causal self-attention, (B, T, C) -> (B, T, C).
+
+    Several layers share it, so the call says which layer it serves: `layer_index`.
+    """
+
+    def __init__(self, config: "ALGPT2Config", *arguments: Any) -> None:
+        super().__init__(config, *arguments)
+        self.c_attn = self.child("c_attn", Conv1D, 3 * config.n_embd, config.n_embd)
+        self.c_proj = self.child("c_proj", ResidualConv1D, config.n_embd, config.n_embd)
 
     def call(
         self,
         x: tf.Tensor,
-        layer: int,
+        layer_index: int,
         past: tuple[tf.Tensor, tf.Tensor] | None = None,
         attention_mask: tf.Tensor | None = None,
         seed: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor]]:
         config = self.config
         head_dim = config.n_embd // config.n_head
-        heads = tf.reshape(self.c_attn(x), [*_shape(x)[:-1], 3, config.n_head, head_dim])
-        query, key, value = tf.unstack(tf.transpose(heads, [2, 0, 3, 1, 4]))  # (B, H, T, D)
+        heads = [*static_shape(x)[:-1], 3, config.n_head, head_dim]
+        qkv = tf.reshape(self.c_attn(x), heads)  # (B, T, 3 C) -> (B, T, 3, H, D)
+        query, key, value = tf.unstack(tf.transpose(qkv, [2, 0, 3, 1, 4]))  # (B, H, T, D)
         if past is not None:
-            key, value = (tf.concat(pair, 2) for pair in zip(past, (key, value), strict=True))
+            past_key, past_value = past
+            key = tf.concat([past_key, key], 2)  # (B, H, S, D)
+            value = tf.concat([past_value, value], 2)  # (B, H, S, D)
         scaling = head_dim**-0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
-            scaling /= layer + 1
+            scaling /= layer_index + 1
         scores = tf.matmul(query, key, transpose_b=True)  # (B, H, T, S)
         if past is None and attention_mask is None:
             weights = causal_softmax(scores, scaling)
-        else:  # S grows from call to call: XLA would compile each time
-            weights = _masked_softmax(scores, scaling, attention_mask)
-        weights = dropout(weights, config.attn_pdrop, seed, 3 * layer + 1)
-        mixed = tf.transpose(tf.matmul(weights, value), [0, 2, 1, 3])
-        x = self.c_proj(tf.reshape(mixed, _shape(x)))  # (B, T, C)
-        return dropout(x, config.resid_pdrop, seed, 3 * layer + 2), (key, value)
+        else:  # S grows from call to call, and XLA would compile each time
+            weights = masked_softmax(scores, scaling, attention_mask)
+        weights = dropout(weights, config.attn_pdrop, seed, 3 * layer_index + 1)
+        mixed = tf.transpose(tf.matmul(weights, value), [0, 2, 1, 3])  # (B, T, H, D)
+        x = self.c_proj(tf.reshape(mixed, static_shape(x)))  # (B, T, C)
+        return dropout(x, config.resid_pdrop, seed, 3 * layer_index + 2), (key, value)
 
 
 class TFALGPT2MLP(Module):
-    """C -> I -> C."""
+    """(B, T, C) -> (B, T, I) -> (B, T, C)."""
 
-    def __init__(self, config: "ALGPT2Config", name: str, *rest: Any) -> None:
-        super().__init__(config, name, *rest)
-        activation = config.activation_function
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"expected activation_function to be one of {[*ACTIVATIONS]}, got {activation!r}"
-            )
-        self.c_fc = Conv1D(config.inner_size, config.n_embd, config, f"{name}.c_fc", *rest)
-        self.c_proj = ResidualConv1D(
-            config.n_embd, config.inner_size, config, f"{name}.c_proj", *rest
-        )
-        self.act = ACTIVATIONS[activation]
+    def __init__(self, config: "ALGPT2Config", *arguments: Any) -> None:
+        super().__init__(config, *arguments)
+        self.c_fc = self.child("c_fc", Conv1D, config.inner_size, config.n_embd)
+        self.c_proj = self.child("c_proj", ResidualConv1D, config.n_embd, config.inner_size)
+        self.act = activation(config.activation_function)
 
-    def call(self, x: tf.Tensor, layer: int, seed: tf.Tensor | None = None) -> tf.Tensor:
-        x = self.c_proj(self.act(self.c_fc(x)))
-        return dropout(x, self.config.resid_pdrop, seed, 3 * layer + 3)
+    def call(self, x: tf.Tensor, layer_index: int, seed: tf.Tensor | None = None) -> tf.Tensor:
+        x = self.act(self.c_fc(x))  # (B, T, I)
+        x = self.c_proj(x)  # (B, T, C)
+        return dropout(x, self.config.resid_pdrop, seed, 3 * layer_index + 3)
 
 
 class TFALGPT2Block(Module):
     """One stored block, (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, config: "ALGPT2Config", name: str, *rest: Any) -> None:
-        super().__init__(config, name, *rest)
-        self.ln_1 = LayerNorm(config.n_embd, config, f"{name}.ln_1", *rest)
-        self.attn = TFALGPT2Attention(config, f"{name}.attn", *rest)
-        self.ln_2 = LayerNorm(config.n_embd, config, f"{name}.ln_2", *rest)
-        self.mlp = TFALGPT2MLP(config, f"{name}.mlp", *rest)
+    def __init__(self, config: "ALGPT2Config", *arguments: Any) -> None:
+        super().__init__(config, *arguments)
+        self.ln_1 = self.child("ln_1", LayerNorm, config.n_embd)
+        self.attn = self.child("attn", TFALGPT2Attention)
+        self.ln_2 = self.child("ln_2", LayerNorm, config.n_embd)
+        self.mlp = self.child("mlp", TFALGPT2MLP)
 
     def call(
         self,
         x: tf.Tensor,
-        layer: int,
+        layer_index: int,
         past: tuple[tf.Tensor, tf.Tensor] | None = None,
         attention_mask: tf.Tensor | None = None,
         seed: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor]]:
         mixed, present = self.attn(
-            self.ln_1(x), layer=layer, past=past, attention_mask=attention_mask, seed=seed
+            self.ln_1(x),
+            layer_index=layer_index,
+            past=past,
+            attention_mask=attention_mask,
+            seed=seed,
         )
         x += tf.cast(mixed, x.dtype)
-        return x + tf.cast(self.mlp(self.ln_2(x), layer=layer, seed=seed), x.dtype), present
+        mixed = self.mlp(self.ln_2(x), layer_index=layer_index, seed=seed)
+        return x + tf.cast(mixed, x.dtype), present
 
 
 class TFALGPT2Model(Module):
     """Token ids to hidden states after the last layer norm, (B, T) -> (B, T, C)."""
 
-    def __init__(self, config: "ALGPT2Config", name: str, *rest: Any) -> None:
-        super().__init__(config, name, *rest)
+    def __init__(self, config: "ALGPT2Config", *arguments: Any) -> None:
+        super().__init__(config, *arguments)
         config.check()
         size, width = config.embedding_size, config.n_embd
-        self.wte = Embedding(config.vocab_size, size, config, f"{name}.wte", *rest)
-        self.wpe = Embedding(config.n_positions, size, config, f"{name}.wpe", *rest)
+        self.wte = self.child("wte", Embedding, config.vocab_size, size)
+        self.wpe = self.child("wpe", Embedding, config.n_positions, size)
         self.projection_layer = None
         if config.is_factorized:
-            self.projection_layer = Linear(size, width, config, f"{name}.projection_layer", *rest)
-        self.h = [
-            TFALGPT2Block(config, f"{name}.h.{i}", *rest) for i in range(config.num_hidden_groups)
-        ]
-        self.ln_f = LayerNorm(width, config, f"{name}.ln_f", *rest)
+            self.projection_layer = self.child("projection_layer", Linear, size, width)
+        self.h = [self.child(f"h.{i}", TFALGPT2Block) for i in range(config.num_hidden_groups)]
+        self.ln_f = self.child("ln_f", LayerNorm, width)
         self.gradient_checkpointing = False
 
     def call(
@@ -372,27 +255,29 @@ class TFALGPT2Model(Module):
         seed: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, Cache]:
         if position_ids is None:
-            position_ids = self._positions(input_ids, past_key_values)
-        x = dropout(
-            self.wte(input_ids) + self.wpe(position_ids), self.config.embd_pdrop, seed, 0
-        )  # (B, T, E)
+            position_ids = self._positions(input_ids, past_key_values)  # (1, T)
+        x = self.wte(input_ids) + self.wpe(position_ids)  # (B, T, E)
+        x = dropout(x, self.config.embd_pdrop, seed, 0)
         if self.projection_layer is not None:
             x = tf.cast(self.projection_layer(x), tf.float32)  # (B, T, C)
         presents = []
-        for layer, block in enumerate(self.config.block_of_layers()):
-            past = past_key_values[layer] if past_key_values else None
-
-            def apply(x: tf.Tensor, block=self.h[block], layer=layer, past=past) -> Any:
-                return block(x, layer=layer, past=past, attention_mask=attention_mask, seed=seed)
-
-            x, present = (tf.recompute_grad(apply) if self.gradient_checkpointing else apply)(x)
+        # This is the sharing: L layers apply K stored blocks. One block serves several layers, and
+        # its gradient is the sum over them.
+        for layer_index, block_index in enumerate(self.config.block_of_layers()):
+            apply_block = functools.partial(
+                self.h[block_index], layer_index=layer_index, attention_mask=attention_mask,
+                past=past_key_values[layer_index] if past_key_values else None, seed=seed,
+            )  # fmt: skip
+            if self.gradient_checkpointing:
+                apply_block = tf.recompute_grad(apply_block)
+            x, present = apply_block(x)
             presents.append(present)
         return self.ln_f(x), presents
 
     def _positions(self, input_ids: tf.Tensor, past: Cache | None) -> tf.Tensor:
-        """Positions (1, T) that follow those in the cache."""
-        length = _shape(input_ids)[1]
-        start = _shape(past[0][0])[2] if past else 0
+        """The T positions after the cache, (1, T)."""
+        length = static_shape(input_ids)[1]
+        start = static_shape(past[0][0])[2] if past else 0
         limit = self.config.n_positions
         if isinstance(length, int) and isinstance(start, int) and start + length > limit:
             raise ValueError(
@@ -403,7 +288,7 @@ class TFALGPT2Model(Module):
 
 
 class TFCausalLMOutput(NamedTuple):
-    """What the language model returns; None for what was not asked for."""
+    """The outputs of the language model; an output that the call did not request is None."""
 
     loss: tf.Tensor | None
     logits: tf.Tensor | None
@@ -423,13 +308,13 @@ class TFALGPT2LMHeadModel(keras.Model):
     ) -> None:
         super().__init__(name=name, dtype=dtype, autocast=False)
         self.config = config
-        rest = (self.dtype_policy, seed)
-        size, width = config.embedding_size, config.n_embd
-        self.transformer = TFALGPT2Model(config, "transformer", *rest)
-        self.dense = Linear(width, size, config, "dense", *rest) if config.is_factorized else None
-        self.lm_head = None
+        size, width, policy = config.embedding_size, config.n_embd, self.dtype_policy
+        self.transformer = TFALGPT2Model(config, "transformer", policy, seed)
+        self.dense = self.lm_head = None
+        if config.is_factorized:
+            self.dense = Linear(width, size, config, "dense", policy, seed)
         if not config.tie_word_embeddings:
-            self.lm_head = Embedding(config.vocab_size, size, config, "lm_head", *rest)
+            self.lm_head = Embedding(config.vocab_size, size, config, "lm_head", policy, seed)
         on_cpu = not tf.config.list_logical_devices("GPU") + tf.config.list_logical_devices("TPU")
         self.loss_rows = LOSS_ROWS_CPU if on_cpu else LOSS_ROWS
         self.built = True
@@ -451,11 +336,12 @@ class TFALGPT2LMHeadModel(keras.Model):
         Args:
             past_key_values: key and value (B, H, S, D) for each of the L layers.
             attention_mask: 1 for tokens and 0 for padding (B, S).
-            position_ids: (B, T); None: counted on from the cache. Padding on the left needs them.
-            shift_labels: ids (B, T) of the next tokens; the loss is their mean.
-            loss_weights: (B, T); the loss is the sum so weighted instead.
-            skip_logits: with `shift_labels`: without holding the logits, which are then None.
-            seed: (2,) integers: dropout as a function of them; None: no dropout.
+            position_ids: (B, T); None: the T positions after the cache. Padding on the left
+                needs explicit positions.
+            shift_labels: ids (B, T) of the next tokens; the loss is the mean over them.
+            loss_weights: (B, T); the loss is the sum of cross-entropies times these weights.
+            skip_logits: compute the loss of `shift_labels` only; the output's logits are None.
+            seed: two integers (2,) that determine dropout; None: no dropout.
         Raises:
             ValueError: more than `n_positions` positions; `skip_logits` without `shift_labels`.
         """
@@ -474,7 +360,7 @@ class TFALGPT2LMHeadModel(keras.Model):
             loss = head_cross_entropy(x, weight, shift_labels, loss_weights, self.loss_rows)
         if not skip_logits:
             flat = tf.matmul(tf.reshape(x, [-1, weight.shape[1]]), weight, transpose_b=True)
-            logits = tf.reshape(flat, [*_shape(x)[:-1], weight.shape[0]])
+            logits = tf.reshape(flat, [*static_shape(x)[:-1], weight.shape[0]])  # (B, T, V)
         return TFCausalLMOutput(loss, logits, presents if use_cache else None)
 
     @classmethod
@@ -484,10 +370,11 @@ class TFALGPT2LMHeadModel(keras.Model):
         """The model of a checkpoint folder or a name on the Hugging Face hub, GPT-2 or ALGPT2.
 
         Args:
-            config_keys: in place of the configuration's, such as `attn_pdrop=0.0`.
+            config_keys: values that replace the configuration's, such as `attn_pdrop=0.0`.
         Raises:
-            OSError: no config.json or no safetensors there.
-            ValueError: another kind of model, or arrays missing, left over or of another shape.
+            OSError: `source` has no config.json or no safetensors.
+            ValueError: `source` is another kind of model, or an array is missing, unexpected or
+                of another shape.
         """
         from .configuration_algpt2 import ALGPT2Config
 
@@ -500,20 +387,21 @@ class TFALGPT2LMHeadModel(keras.Model):
         """Write config.json, generation_config.json and model.safetensors as PyTorch does."""
         from safetensors.tensorflow import save_file
         from transformers import GenerationConfig
+        from transformers.utils import SAFE_WEIGHTS_NAME
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.config.architectures = ["ALGPT2LMHeadModel"]
         self.config.save_pretrained(folder)
         GenerationConfig.from_model_config(self.config).save_pretrained(folder)
-        save_file(self.state_dict(), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(self.state_dict(), folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
     def named_parameters(self) -> dict[str, Any]:
-        """Variables by their names in the weight files."""
+        """The variables by their names in the weight files."""
         return {variable.name: variable for variable in self.trainable_variables}
 
     def num_parameters(self) -> int:
-        """Parameters stored."""
+        """The number of stored parameters."""
         return sum(math.prod(v.shape) for v in self.trainable_variables)
 
     def state_dict(self) -> dict[str, tf.Tensor]:
@@ -521,10 +409,10 @@ class TFALGPT2LMHeadModel(keras.Model):
         return {n: tf.convert_to_tensor(v.numpy()) for n, v in self.named_parameters().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Assign arrays by name; names of the original and of bare GPT-2 trunks are understood.
+        """Assign arrays by name, after `rename_weights`.
 
         Raises:
-            ValueError: an array is missing, left over, or of another shape.
+            ValueError: an array is missing, unexpected, or of another shape.
         """
         parameters, state = self.named_parameters(), rename_weights(state)
         if self.lm_head is None:
@@ -533,7 +421,7 @@ class TFALGPT2LMHeadModel(keras.Model):
         if missing or extra:
             raise ValueError(
                 f"the weights are of another model: missing {sorted(missing)[:3]}, left over "
-                f"{sorted(extra)[:3]}; expected those of its config.json"
+                f"{sorted(extra)[:3]}; expected the weights of its config.json"
             )
         for name, variable in parameters.items():
             if tuple(state[name].shape) != tuple(variable.shape):
@@ -544,91 +432,27 @@ class TFALGPT2LMHeadModel(keras.Model):
             variable.assign(tf.cast(state[name], tf.float32))
 
 
-# --- the loss ------------------------------------------------------------------------------------
-
-
-def head_cross_entropy(
-    hidden: tf.Tensor, weight: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor | None, rows: int
-) -> tf.Tensor:
-    """Mean cross-entropy of `hidden @ weight.T` (float32 scalar), a few rows of logits at a time.
-
-    Both gradients are computed forward while a piece of the logits is there.
-
-    Args:
-        hidden: (..., E); weight: (V, E); labels: (...) ids.
-        weights: (...) of each position in a sum; None: 1 / N, the mean.
-        rows: of logits at a time (more where MAX_PIECES of them would not do).
-    """
-    hidden = tf.reshape(hidden, [-1, hidden.shape[-1]])
-    labels = tf.cast(tf.reshape(labels, [-1]), tf.int32)
-    n_rows = _shape(hidden)[0]
-    if weights is None:
-        weights = tf.fill([n_rows], 1 / tf.cast(n_rows, tf.float32))
-    weights = tf.reshape(weights, [-1])
-
-    @tf.custom_gradient
-    def apply(hidden: tf.Tensor, weight: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-        loss, d_hidden, d_weight = tf.zeros([]), [], tf.zeros_like(weight, tf.float32)
-        starts, size = [0], None
-        if isinstance(n_rows, int):
-            size = max(rows, math.ceil(n_rows / MAX_PIECES))
-            starts = range(0, n_rows, size)
-        for start in starts:
-            piece = slice(start, start + size if size else None)
-            with tf.control_dependencies([d_weight]):  # one piece after the other
-                x = tf.identity(hidden[piece])
-            logits = tf.matmul(x, weight, transpose_b=True)
-            piece_loss, d_logits = _piece_loss(logits, labels[piece], weights[piece])
-            loss += piece_loss
-            d_hidden.append(tf.matmul(d_logits, weight))
-            d_weight += tf.cast(tf.matmul(d_logits, x, transpose_a=True), tf.float32)
-
-        def gradient(d_loss: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            scale = tf.cast(d_loss, hidden.dtype)
-            return tf.concat(d_hidden, 0) * scale, tf.cast(d_weight * d_loss, weight.dtype)
-
-        return loss, gradient
-
-    return apply(hidden, weight)
-
-
-@fused
-def _piece_loss(
-    logits: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Weighted sum of cross-entropies of logits (n, V), and its gradient in their dtype."""
-    x = tf.cast(logits, tf.float32)
-    x -= tf.reduce_max(x, -1, keepdims=True)
-    p = tf.exp(x)
-    total = tf.reduce_sum(p, -1, keepdims=True)
-    is_label = tf.range(logits.shape[-1]) == labels[:, None]
-    wanted = tf.reduce_sum(tf.where(is_label, x, 0.0), -1)
-    loss = tf.reduce_sum(weights * (tf.math.log(total[:, 0]) - wanted))
-    d_logits = weights[:, None] * (p / total - tf.cast(is_label, tf.float32))
-    return loss, tf.cast(d_logits, logits.dtype)
-
-
-# --- weight files --------------------------------------------------------------------------------
+# --- weight files: skip when reading -------------------------------------------------------------
 
 
 def read_weights(source: str | Path) -> dict[str, tf.Tensor]:
-    """The arrays of a folder's safetensors (one file, or several with an index), or of the hub's.
+    """The arrays in the safetensors of a folder or a hub model: one file, or several and an index.
 
     Raises:
-        OSError: none there.
+        OSError: `source` has no safetensors.
     """
     from safetensors.tensorflow import load_file
-    from transformers.utils import cached_file
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
     optional = {"_raise_exceptions_for_missing_entries": False}
-    path = cached_file(str(source), WEIGHTS_FILE, **optional)
+    path = cached_file(str(source), SAFE_WEIGHTS_NAME, **optional)
     if path is not None:
         return load_file(path)
-    index = cached_file(str(source), INDEX_FILE, **optional)
+    index = cached_file(str(source), SAFE_WEIGHTS_INDEX_NAME, **optional)
     if index is None:
         raise OSError(
-            f"expected {WEIGHTS_FILE} in {source}; AutoModelForCausalLM.from_pretrained(...)"
-            ".save_pretrained(...) in PyTorch makes one of a pytorch_model.bin"
+            f"expected {SAFE_WEIGHTS_NAME} in {source}; AutoModelForCausalLM.from_pretrained(...)"
+            ".save_pretrained(...) in PyTorch converts a pytorch_model.bin"
         )
     files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
     weights: dict[str, tf.Tensor] = {}
@@ -638,10 +462,10 @@ def read_weights(source: str | Path) -> dict[str, tf.Tensor]:
 
 
 def rename_weights(state: dict[str, Any]) -> dict[str, Any]:
-    """The names of this file's variables for those of a weight file.
+    """The arrays of a weight file by the names of this file's variables.
 
-    Stock GPT-2 files may lack `transformer.`; files of the original ALGPT2 lack the block's index;
-    older ones hold causal masks, which are left out.
+    Files of a bare GPT-2 trunk lack `transformer.`, and files of the original ALGPT2 the block's
+    index. Older files hold causal masks, which the result leaves out.
     """
     from .configuration_algpt2 import MASK_BUFFERS, UNINDEXED
 
@@ -652,9 +476,3 @@ def rename_weights(state: dict[str, Any]) -> dict[str, Any]:
         if not re.search(MASK_BUFFERS, name):
             renamed[re.sub(rf"\bh\.{UNINDEXED}", r"h.0.\1.", name)] = array
     return renamed
-
-
-def _shape(x: tf.Tensor) -> list[Any]:
-    """Sizes as integers where they are known when tracing, else as scalar tensors."""
-    dynamic = tf.shape(x)
-    return [dynamic[i] if n is None else n for i, n in enumerate(x.shape)]

@@ -1,7 +1,8 @@
-"""The options of every script: one frozen dataclass each, parsed from the command line by tyro.
+"""The options of every script: frozen dataclasses, parsed from the command line by tyro.
 
-One line, one unit, one reason per field: the comment behind a field is its `--help`. A default that
-is not here is nowhere. No framework is imported, so that `--help` answers at once.
+The comment behind a field is its `--help`, with its unit. A default that is not here is nowhere. No
+framework is imported, so that `--help` answers at once. A group of `--help` is a dataclass, titled
+by its docstring: the nested ones, which run.json records under their names, then the base classes.
 """
 
 import contextlib
@@ -11,45 +12,50 @@ import re
 import reprlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Annotated, Literal, TypeVar
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
+from tyro.conf import Positional, Suppress
 
 from .errors import UserError
 
 Options = TypeVar("Options")
+T = TypeVar("T")
+
+IN_WORDS = tyro.conf.arg(help_behavior_hint="")  # the comment has the default: tyro prints none
+Unset = Annotated[T | None, IN_WORDS]  # None unless the flag is given
 
 MAX_NUMBER = 2**53  # of steps, tokens, rows
-MAX_BATCH = 2**20  # rows; of them ids alone take 8 MB
+MAX_BATCH = 2**20  # rows, whose ids alone take 8 MB
 BELOW_ONE = 1 - 2**-53
 
-# Options that name a file, a folder or a URL.
-PATHS = frozenset(
-    "path train_path val_path save_path save_dir tokenizer config config_path checkpoint init_from "
-    "verify eval_sets runs out".split()
-)
 DEFAULT_TOKENIZER = "algpt2-tokenizer"
 _start = {"s": time.monotonic()}  # of the command
 
 
-def parse(
-    cls: type[Options], argv: Sequence[str] | None = None, *, prog: str | None = None
-) -> Options:
-    """An instance of the dataclass `cls` from `argv` (default: the command line's arguments).
+# --- the command line -----------------------------------------------------------------------------
+
+
+def parse(cls: type[Options], argv: Sequence[str] | None = None, doc: str = "") -> Options:
+    """An instance of the dataclass `cls` from `argv` (None: the command line's arguments).
 
     Flags have underscored names; a tuple takes several values (`--train_path A B`); a bool is a
-    bare flag (`--overwrite`, `--no_overwrite`); fields of nested dataclasses keep their own names.
-    `--help` prints and exits with 0. Unknown flags and bad values: `UserError`.
+    bare flag (`--overwrite`, `--no_overwrite`). `--help` prints and exits with 0.
+
+    Args:
+        doc: docstring of the script; `--help` opens with its first line and its first command.
+    Raises:
+        UserError: unknown flags, bad values.
     """
     _start["s"] = time.monotonic()
-    printed = io.StringIO()
+    groups, printed = _groups(cls), io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            options = tyro.cli(
-                cls,
+            given = tyro.cli(
+                make_dataclass("Options", groups),
                 args=argv,
-                prog=prog,
+                description=_description(doc),
                 use_underscores=True,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
             )
@@ -57,19 +63,47 @@ def parse(
         if stop.code in (None, 0):
             raise
         raise UserError(_first_sentence(printed.getvalue())) from None
-    _check_paths(options)
+    values = vars(given)
+    for name in [name for name, group, _ in groups if issubclass(cls, group)]:
+        values |= vars(values.pop(name))
+    options = cls(**values)
+    _check_not_empty(options)
     return options
 
 
-def _check_paths(options: object) -> None:
-    """`UserError` for an empty path, as of a shell's variable that is not set: it would be the
-    current folder."""
+def _groups(cls: type) -> list[tuple[str, type, Any]]:
+    """Name, dataclass and default of each group of flags: the nested dataclasses of `cls`, then its
+    base classes, the last first as in `fields(cls)`; `cls` itself if it has no groups."""
+    nested = {o.name: o.default_factory for o in fields(cls) if is_dataclass(o.default_factory)}
+    groups = [(name, group, field(default_factory=group)) for name, group in nested.items()]
+    bases = [base for base in cls.__mro__[:0:-1] if is_dataclass(base)]
+    for base in bases or ([] if groups else [cls]):
+        if not nested.keys() & {option.name for option in fields(base)}:
+            defaults = {option.name: getattr(cls, option.name, MISSING) for option in fields(base)}
+            default = MISSING if MISSING in defaults.values() else base(**defaults)
+            name = base.__name__.removesuffix("Options").lower()
+            groups.append((name, base, field(default=default)))
+    return groups
+
+
+def _description(doc: str) -> str:
+    """The first line of a script's docstring and the first command in it."""
+    command = re.search(r"^ +(python3 .*)", doc, re.MULTILINE)
+    example = f"\n\nExample: {' '.join(command[1].split())}" if command else ""
+    return doc.partition("\n")[0] + example
+
+
+def _check_not_empty(options: object) -> None:
+    """`UserError` for an empty value, as of a shell's variable that is not set: as a path it would
+    be the current folder."""
     for option in fields(options):
         value = getattr(options, option.name)
         if is_dataclass(value):
-            _check_paths(value)
-        elif option.name in PATHS and "" in (value if isinstance(value, tuple) else (value,)):
-            raise UserError(f"{option.name} has an empty value: expected a path or a name")
+            _check_not_empty(value)
+        elif value != option.default and (
+            value == () or "" in (value if isinstance(value, tuple) else (value,))
+        ):
+            raise UserError(f"--{option.name} needs at least one value, and no empty one")
 
 
 def seconds_since_start() -> float:
@@ -78,11 +112,11 @@ def seconds_since_start() -> float:
 
 
 def _first_sentence(box: str) -> str:
-    """The message of one of tyro's framed error boxes: what stands between its first rules."""
+    """The message in tyro's framed error box: the lines between its first two rules."""
     lines = [line.strip(" │|") for line in box.splitlines()[1:]]
     after_title = itertools.dropwhile(_is_rule, lines)
     message = " ".join(itertools.takewhile(lambda line: not _is_rule(line), after_title))
-    message = re.sub(r"^(Error parsing )?(\w+Options: )?", "", message)  # names of our classes
+    message = re.sub(r"^(Error parsing )?(\w+: )?", "", message)  # the name of a group
     return f"{message.rstrip('.')}. The flags: --help"
 
 
@@ -95,7 +129,7 @@ def check_positive(options: object, *names: str) -> None:
     wrong = {name: getattr(options, name) for name in names}
     wrong = {name: v for name, v in wrong.items() if v is not None and not 0 < v < MAX_NUMBER}
     if wrong:
-        given = ", ".join(f"--{name} {reprlib.repr(value)}" for name, value in wrong.items())
+        given = ", ".join(f"--{n} {reprlib.repr(v)}" for n, v in wrong.items())
         raise UserError(f"expected a number above zero, got {given}")
 
 
@@ -115,61 +149,78 @@ def check_on_disk(options: object, name: str) -> None:
         raise UserError(f"{name} {getattr(options, name)}: expected a path on disk, not a URL")
 
 
+# --- train_tokenizer.py and make_tfrecords.py -----------------------------------------------------
+
+
 @dataclass(frozen=True)
 class TokenizerOptions:
-    """Train a byte-level BPE tokenizer on a corpus and write it to a folder."""
+    """The text to train on, and the tokenizer."""
 
     train_path: tuple[str, ...] = ("docs:train",)  # folder, file, glob, hf:NAME[:SPLIT] or docs:
-    n_files: int | None = None
-    """read at most this many files, in archives too; a table counts as one"""
+    n_files: Unset[int] = None  # most files to read, in archives too; a table is one (default: all)
     save_path: str = "runs/tokenizer"  # folder to write
     vocab_size: int = 50257  # entries, control codes included
-    control_codes: tuple[str, ...] = ("<|endoftext|>",)  # others come before it: it has the last id
+    control_codes: tuple[str, ...] = ("<|endoftext|>",)  # <|endoftext|> has the last id
     text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
     skip_broken: bool = False  # leave out what is damaged, named and counted, instead of stopping
-    max_bytes: int | None = None  # bytes of text to train on at most; memory grows with new words
+    max_bytes: Unset[int] = None  # most bytes of text to train on (default: all)
     overwrite: bool = False  # replace another tokenizer in save_path
-    debug: bool = False  # a traceback with every error
+    debug: bool = False  # print a traceback with every error
 
     def __post_init__(self) -> None:
         check_positive(self, "n_files", "vocab_size", "max_bytes")
         check_on_disk(self, "save_path")
         check_between(self, 1, 2**24, "vocab_size")
-        if not self.train_path:
-            raise UserError("--train_path needs at least one folder, file, glob, hf:NAME or docs:")
 
 
 @dataclass(frozen=True)
-class PackOptions:
-    """Pack a corpus into TFRecord shards that every trainer reads."""
+class ShardOptions:
+    """The text to pack, and the shards."""
 
     path: tuple[str, ...] = ("docs:train",)  # folder, file, glob, hf:NAME[:SPLIT] or docs:
     save_path: str = "runs/shards"  # folder or URL (gs://...): 0.tfrecord ... and manifest.json
-    tokenizer: str | None = None  # folder, or name of a tokenizer; default: algpt2-tokenizer
+    tokenizer: Unset[str] = None  # folder or name of a tokenizer (default: algpt2-tokenizer)
     seq_len: int = 256  # tokens that a row predicts; its record holds one more
     files_per_tfrecord: int = 500_000  # documents per shard; shards hold equal numbers of rows
-    n_shards: int | None = None  # so many shards (for a pod: a multiple of its hosts)
-    use_control_codes: bool = True  # each document starts with the first control code
-    control_codes: tuple[str, ...] = ("<|endoftext|>",)  # the tokenizer must have them all
-    n_examples: int | None = None  # write at most this many rows
-    min_seq_len: bool = True  # short documents are joined, no row is padded: there is no other way
+    n_shards: Unset[int] = None  # multiple of a pod's hosts (default: by files_per_tfrecord)
+    use_control_codes: bool = True  # start each document with the first control code
+    control_codes: tuple[str, ...] | None = ("<|endoftext|>",)  # the tokenizer must have them all
+    n_examples: Unset[int] = None  # rows to write at most (default: all)
+    min_seq_len: bool = True  # join short documents, so that no row is padded: always on
+
+
+@dataclass(frozen=True)
+class DocumentOptions:
+    """Which documents are packed."""
+
     line_by_line: bool = False  # each line is a document
-    n_files: int | None = None
-    """read at most this many files, in archives too; a table counts as one"""
+    n_files: Unset[int] = None  # most files to read, in archives too; a table is one (default: all)
     text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
-    detokenizer: Literal["wikitext", "ptb", "lambada"] | None = None
-    """undo the tokenization of a benchmark's files; words and bytes are counted before"""
+    detokenizer: Unset[Literal["wikitext", "ptb", "lambada"]] = None
+    """undo the tokenization of a benchmark's files; words and bytes are counted before (default:
+    change nothing)"""
     min_length: int = 0  # characters; shorter documents are left out, and counted
     skip_broken: bool = False  # leave out what is damaged, named and counted, instead of stopping
-    dedup: bool = False  # leave out documents whose text was met before
+    dedup: bool = False  # leave out documents whose text came before
     valid_fraction: float = 0.0  # share of documents (by hash) for save_path/valid, beside train
     shuffle_documents: bool = False  # order the documents by --seed; trainers shuffle rows anyhow
     seed: int = 42  # of --shuffle_documents
-    workers: int | None = None  # processes; default: as many as cores; the bytes are the same
-    ray: str | None = None  # cluster that does the work: auto or host:port (requirements-ray.txt)
-    verify: str | None = None  # check the shards in this folder or URL, every record, and stop
+
+
+@dataclass(frozen=True)
+class WorkOptions:
+    """How it is done; the shards do not depend on the workers."""
+
+    workers: Unset[int] = None  # worker processes (default: one per core)
+    ray: Unset[str] = None  # Ray cluster to work on, auto or host:port (default: this machine)
+    verify: Unset[str] = None  # folder or URL to check, every record (default: pack)
     overwrite: bool = False  # remove the shards in save_path and pack anew
-    debug: bool = False  # a traceback with every error
+    debug: bool = False  # print a traceback with every error
+
+
+@dataclass(frozen=True)
+class PackOptions(WorkOptions, DocumentOptions, ShardOptions):
+    """The options of make_tfrecords.py; the fields of the last base class come first."""
 
     def __post_init__(self) -> None:
         check_positive(self, "seq_len", "files_per_tfrecord", "n_examples", "n_files")
@@ -179,101 +230,120 @@ class PackOptions:
         check_between(self, 0, MAX_NUMBER, "seed", "min_length")
         if not 0 <= self.valid_fraction < 1:
             raise UserError(f"--valid_fraction {self.valid_fraction}: expected 0 or more, below 1")
-        if not self.path:
-            raise UserError("--path needs at least one folder, file, glob, hf:NAME or docs:")
         if not self.min_seq_len:
             raise UserError("--no_min_seq_len would pad rows: rows are always full, drop the flag")
 
 
+# --- the three trainers ---------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class DataOptions:
-    """What is read."""
+class RowOptions:
+    """Packed shards."""
+
+    train_path: tuple[str, ...] = ("runs/quickstart/train",)  # folder, files, patterns; gs:// too
+    val_path: tuple[str, ...] = ("runs/quickstart/val",)  # the same for evaluation
+    tokenizer: Unset[str] = None  # folder or name (default: the checkpoint's or algpt2-tokenizer)
+    seq_len: Unset[int] = None  # tokens per row (default: that of the shards or n_positions)
+
+
+@dataclass(frozen=True)
+class DataOptions(RowOptions):
+    """Text, or packed shards."""
 
     train_path: tuple[str, ...] = ("docs:train",)  # packed shards, or text from anywhere
     val_path: tuple[str, ...] = ("docs:valid",)  # the same for evaluation
-    tokenizer: str | None = None  # folder or name; default: the checkpoint's, or algpt2-tokenizer
-    seq_len: int | None = None  # tokens per row; default: that of the shards, or n_positions
-    use_control_codes: bool = True  # each document starts with a control code (text input)
-    control_codes: tuple[str, ...] | None = None  # one, or one per train_path; new ones are added
-    line_by_line: bool = False  # each line is a document (text input)
-    text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
-    detokenizer: Literal["wikitext", "ptb", "lambada", "auto"] | None = None
-    """undo the tokenization of a benchmark's files (text input); words and bytes are counted
-    before; auto, by the name of a file, is for eval_sets"""
-    n_eval_rows: int | None = None  # rows of each evaluation during training; the last takes all
+    use_control_codes: bool = True  # text only: start each document with a control code
+    control_codes: Unset[tuple[str, ...]] = None
+    """text only: one code, or one per train_path; new codes are added (default: <|endoftext|>)"""
+    line_by_line: bool = False  # text only: each line is a document
+    text_key: str = "text"  # text only: column or key in .parquet, .jsonl and hf:
+    detokenizer: Unset[Literal["wikitext", "ptb", "lambada", "auto"]] = None
+    """text only: undo the tokenization of a benchmark's files; words and bytes are counted before;
+    auto goes by the file's name, for --eval_sets (default: change nothing)"""
+    n_eval_rows: Unset[int] = None  # rows of each evaluation before the last (default: all)
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What is trained."""
+    """The model, and what it starts from."""
 
-    config: str | None = None  # config name or folder; default: algpt2-tiny
-    checkpoint: str | None = None  # run, checkpoint or any causal LM: folder, URL or hub name
+    config: Unset[str] = None  # name or folder of a config (default: algpt2-tiny)
+    checkpoint: Unset[str] = None  # run, checkpoint, URL or hub name (default: random weights)
     from_scratch: bool = False  # random weights (implied without --checkpoint)
-    init_from: str | None = None  # GPT-2 or ALGPT2 checkpoint that starts --config (SVD, means)
-    init_blocks: tuple[str, ...] | None = None  # mean, first, last or layers; default: mean
+    init_from: Unset[str] = None  # GPT-2 or ALGPT2 to fit --config to, by SVD (default: none)
+    init_blocks: Unset[tuple[str, ...]] = None  # mean, first, last or layer numbers (default: mean)
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third slower
+
+
+Optimizer = Literal["AdamW", "Adafactor", "Muon", "SGD"]
 
 
 @dataclass(frozen=True)
 class OptimOptions:
     """How it is trained."""
 
-    optimizer: Literal["AdamW", "Adafactor", "Muon", "SGD"] = "AdamW"
-    """with Muon, AdamW updates what is no hidden matrix"""
-    lr: float | None = None  # peak learning rate; default: 5e-5 with --checkpoint, else 1e-3
+    optimizer: Optimizer = "AdamW"
+    """Muon updates the matrices inside blocks; AdamW embeddings, biases and norms"""
+    lr: Unset[float] = None  # peak learning rate (default: 5e-5 with --checkpoint, else 1e-3)
     lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     """after the warm-up; wsd: constant, then linear over decay_ratio of the steps"""
     warmup_steps: int = 0  # optimizer steps of linear warm-up
     min_lr_ratio: float = 0.0  # learning rate of the last step over the peak
     decay_ratio: float = 0.2  # share of the steps in which wsd decays
-    weight_decay: float = 0.1  # on matrices only
-    beta1: float = 0.9  # AdamW and Adafactor; 0 saves Adafactor's first moment, costs quality
-    beta2: float = 0.95  # AdamW (also on Muon's vectors and embeddings)
-    momentum: float = 0.95  # Muon and SGD
-    relative_update_scale: bool = False  # Adafactor: the rate is relative to each weight's RMS
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: never
-    skip_outliers: float | None = None
-    """leave out a batch whose loss or gradient norm is not finite or so many standard deviations
-    above the mean of the last 128 updates (6 is usual); 11 in a row stop the run"""
     batch_size: int = 4  # rows per forward pass, over all processes
     grad_steps: int = 1  # forward passes per optimizer step
     epochs: float = 1.0  # passes over the training rows
-    max_steps: int | None = None  # optimizer steps; replaces epochs
-    n_tokens: int | None = None  # training tokens; replaces epochs
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on GPUs that have it
+    max_steps: Unset[int] = None  # optimizer steps (default: by --epochs)
+    n_tokens: Unset[int] = None  # training tokens (default: by --epochs)
+    weight_decay: float = 0.1  # of matrices only
+    beta1: float = 0.9  # AdamW and Adafactor; 0 saves Adafactor's first moment, costs quality
+    beta2: float = 0.95  # AdamW, also beside Muon
+    momentum: float = 0.95  # Muon and SGD
+    relative_update_scale: bool = False  # Adafactor: the rate is relative to each weight's RMS
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: never
+    skip_outliers: Unset[float] = None
+    """leave out a batch whose loss or gradient norm is not finite, or this many standard deviations
+    above the mean of the last 128 updates (6 is usual); 11 in a row stop the run (default: off)"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 if the chip has it
     fp16: bool = False  # the same as --precision fp16
     seed: int = 42  # of weights, data order and dropout
 
 
 @dataclass(frozen=True)
-class ReportOptions:
-    """What is reported and kept."""
+class KeepOptions:
+    """What is kept of the run."""
 
     save_dir: str = "runs/train"  # the run's folder, or URL: metrics.jsonl, run.json, checkpoint-*
-    logging_steps: int = 10  # steps between lines of metrics.jsonl
-    eval_steps: int | None = None  # steps between evaluations; default: a tenth of the run
-    save_steps: int | None = None  # steps between checkpoints; default: as eval_steps
-    sample_steps: int | None = None  # steps between samples; default: never
-    hist_steps: int | None = None  # steps between histograms of weights and gradients (W&B)
     keep_last: int = 2  # newest checkpoints kept
-    milestone_steps: int | None = None  # checkpoints at multiples of this are kept for ever
-    max_minutes: float | None = None
-    """save and stop, exit code 75, so long after the start of the script (packing included), behind
-    the step or evaluation batch under way; the same command continues"""
+    milestone_steps: Unset[int] = None  # steps whose multiples stay for ever (default: none)
+    max_minutes: Unset[float] = None
+    """save and stop (exit code 75) this many minutes after the start, packing included, at the next
+    step or evaluation batch; the same command continues (default: never)"""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
+    tags: Annotated[tuple[str, ...], IN_WORDS] = ()  # W&B tags (default: none)
+
+
+@dataclass(frozen=True)
+class ReportOptions(KeepOptions):
+    """What is reported and kept; steps are optimizer steps."""
+
+    logging_steps: int = 10  # steps between lines of metrics.jsonl
+    eval_steps: Unset[int] = None  # steps between evaluations (default: a tenth of the run)
+    save_steps: Unset[int] = None  # steps between checkpoints (default: --eval_steps)
+    sample_steps: Unset[int] = None  # steps between samples (default: never)
+    hist_steps: Unset[int] = None  # steps between histograms of weights in W&B (default: never)
     wandb_artifacts: bool = False  # the last checkpoint of the run as a W&B artifact, too
-    tags: tuple[str, ...] = ()  # W&B tags
-    push_to_hub: str | None = None  # upload the last checkpoint as this private model of the hub
+    push_to_hub: Unset[str] = None  # private model of the hub to upload to (default: no upload)
 
 
 @dataclass(frozen=True)
 class EvalOptions:
     """What --eval_only measures."""
 
-    eval_sets: tuple[str, ...] = ()  # files or folders of evaluation sets, instead of val_path
-    stride: int | None = None  # tokens scored per window; default: seq_len, no overlap
-    n_eval_examples: int | None = None  # LAMBADA passages, BLiMP pairs per file; default: all
+    eval_sets: Annotated[tuple[str, ...], IN_WORDS] = ()  # files or folders (default: --val_path)
+    stride: Unset[int] = None  # tokens scored per window (default: seq_len, no overlap)
+    n_eval_examples: Unset[int] = None  # LAMBADA passages, BLiMP pairs per file (default: all)
 
 
 @dataclass(frozen=True)
@@ -285,15 +355,34 @@ class SampleOptions:
     n_samples: int = 3  # samples, in one batch
     max_length: int = 200  # tokens, prompt included; past the context the window slides
     temperature: float = 0.8  # divides the logits; 1: the model's own distribution
-    top_k: int = 0  # only the k likeliest tokens; 0: all
-    top_p: float = 0.95  # only the likeliest tokens that hold this probability; 1: all
+    top_k: int = 0  # sample from the k likeliest tokens; 0: from all
+    top_p: float = 0.95  # sample from the likeliest tokens that hold this probability; 1: from all
     repetition_penalty: float = 1.0  # CTRL's; 1: none
-    sliding_window_size: int | None = None  # tokens kept when it slides; default: half a context
+    sliding_window_size: Unset[int] = None  # tokens kept when it slides (default: half a context)
 
 
 @dataclass(frozen=True)
-class TrainOptions:
-    """Pretrain or finetune a causal language model, evaluate it, or sample from it."""
+class CheckpointOptions:
+    """What else to do with --checkpoint."""
+
+    sample_only: bool = False  # sample from it and stop
+    compressors: bool = False  # with --eval_only: gzip and xz on the same text beside it
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How the script runs."""
+
+    eval_only: bool = False  # evaluate --checkpoint and stop
+    device: str = "auto"  # auto, cpu, and cuda or mps (PyTorch) or gpu (TensorFlow)
+    compile: bool = False  # torch.compile or XLA: a slow start, faster steps; XLA slows CPUs down
+    overwrite: bool = False  # remove the run in save_dir and start anew
+    debug: bool = False  # print a traceback with every error
+
+
+@dataclass(frozen=True)
+class TrainOptions(RunOptions, CheckpointOptions):
+    """The options of train_pt.py; the fields of the last base class come first."""
 
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -301,13 +390,6 @@ class TrainOptions:
     report: ReportOptions = field(default_factory=ReportOptions)
     sample: SampleOptions = field(default_factory=SampleOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
-    eval_only: bool = False  # evaluate --checkpoint on --val_path or --eval_sets and stop
-    compressors: bool = False  # with eval_only: gzip and xz on the same text beside it
-    sample_only: bool = False  # sample from --checkpoint and stop
-    device: str = "auto"  # auto, cpu, cuda, mps
-    compile: bool = False  # torch.compile: a slow start, faster steps
-    overwrite: bool = False  # remove the run in save_dir and start anew
-    debug: bool = False  # a traceback with every error
 
     def __post_init__(self) -> None:
         check_positive(self.optim, "batch_size", "grad_steps", "max_steps", "n_tokens", "epochs")
@@ -320,7 +402,7 @@ class TrainOptions:
         check_between(self.optim, 0, BELOW_ONE, "beta1", "beta2", "momentum")
         check_between(self.optim, 0, 1, "min_lr_ratio", "decay_ratio")
         check_between(self.optim, 0, MAX_NUMBER, "warmup_steps", "weight_decay", "max_grad_norm")
-        check_between(self.optim, 0, 2**53, "seed")
+        check_between(self.optim, 0, MAX_NUMBER, "seed")
         check_between(self.optim, 1, MAX_BATCH, "batch_size", "grad_steps")
         check_between(self.data, 1, 2**28, "seq_len")
         check_between(self.sample, 1, 2**16, "n_samples")
@@ -330,39 +412,31 @@ class TrainOptions:
         if self.eval != EvalOptions() and not self.eval_only:
             raise UserError("--eval_sets, --n_eval_examples and --stride need --eval_only")
         if self.data.detokenizer == "auto" and not self.eval.eval_sets:
-            raise UserError("--detokenizer auto needs --eval_sets: expected the name of one")
+            raise UserError("--detokenizer auto needs --eval_sets: expected wikitext, ptb, lambada")
         if self.optim.fp16 and self.optim.precision not in ("auto", "fp16"):
             raise UserError(f"--fp16 contradicts --precision {self.optim.precision}: drop one")
         if self.model.init_from and (self.model.checkpoint or self.model.from_scratch):
-            raise UserError("--init_from and --checkpoint or --from_scratch: expected one of them")
+            raise UserError(
+                "--init_from and --checkpoint or --from_scratch: expected one, drop the other"
+            )
         if self.eval_only and self.sample_only:
-            raise UserError("--eval_only and --sample_only: expected one of them")
+            raise UserError("--eval_only and --sample_only: expected one, drop the other")
         if (self.eval_only or self.sample_only) and not self.model.checkpoint:
-            raise UserError("--eval_only and --sample_only need --checkpoint FOLDER")
+            flag = "--eval_only" if self.eval_only else "--sample_only"
+            raise UserError(f"{flag} needs --checkpoint FOLDER")
 
 
 @dataclass(frozen=True)
-class ExportOptions:
-    """Write an ALGPT2 checkpoint as a stock GPT-2 with the same logits."""
+class DeviceOptions:
+    """How TensorFlow uses the devices."""
 
-    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """folder of a run or of a checkpoint"""
-    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]  # folder to write
-    overwrite: bool = False  # replace the files of an earlier export
-    debug: bool = False  # a traceback with every error
-
-    def __post_init__(self) -> None:
-        check_on_disk(self, "out")
+    n_devices: Unset[int] = None  # GPUs to use, or parts of the CPU (default: 1; all of a TPU)
+    steps_per_call: int = 1  # steps run in one compiled call; more is faster on GPUs and TPUs
 
 
 @dataclass(frozen=True)
-class TFTrainOptions(TrainOptions):
-    """Pretrain or finetune GPT-2 or ALGPT2 in TensorFlow, evaluate it, or sample from it."""
-
-    device: str = "auto"  # auto, cpu, gpu
-    n_devices: int | None = None  # GPUs to train on; or so many logical devices of the CPU
-    steps_per_call: int = 1  # optimizer steps between two returns to Python
-    compile: bool = False  # XLA for loss and gradients: faster on GPUs, slower on CPUs
+class TFTrainOptions(TrainOptions, DeviceOptions):
+    """The options of train_tf.py."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -371,115 +445,150 @@ class TFTrainOptions(TrainOptions):
             raise UserError("fp16 needs PyTorch (train_pt.py): expected --precision bf16 or fp32")
         if self.model.init_from or self.model.init_blocks:
             raise UserError(
-                "--init_from needs PyTorch: start with train_pt.py and stop it; expected here the "
-                "checkpoint that it leaves, --checkpoint RUN"
+                "--init_from needs PyTorch: start with train_pt.py, stop it, and continue its "
+                "checkpoint here with --checkpoint RUN"
             )
 
 
-@dataclass(frozen=True)
-class TFRecordOptions:
-    """Pretrain GPT-2 or ALGPT2 from TFRecord shards: on a TPU pod, on several machines, or here."""
+# --- train_tfrecords.py: the same groups, with flags and defaults of the original project ---------
 
-    tpu: str = "none"  # name of a TPU or pod; local: this is its host; none: no TPU
-    train_path: tuple[str, ...] = ("runs/quickstart/train",)  # folder, shards, patterns; gs:// too
-    val_path: tuple[str, ...] = ("runs/quickstart/val",)  # the same for evaluation
-    train_len: int | None = None  # rows of an epoch; default: those of the shards
-    seq_len: int | None = None  # tokens per row; default: that of the shards
+
+@dataclass(frozen=True)
+class TypeOptions:
+    """The model, and what it starts from."""
+
     model_type: Literal["gpt2", "algpt2"] = "algpt2"  # the config, unless config_path names one
-    config_path: str | None = None  # config name or folder
-    checkpoint: str | None = None  # weights to start from: a run, a checkpoint, or hub name
-    tokenizer: str | None = None  # kept with the checkpoints; default: the packaged one if it fits
-    optimizer: Literal["AdamW", "Adafactor", "Muon", "SGD"] = "Adafactor"  # AdamW is better
-    lr: float = 1e-4  # peak learning rate
+    config_path: Unset[str] = None  # name or folder of a config (default: --model_type)
+    checkpoint: Unset[str] = None  # run, checkpoint or hub name (default: random weights)
+    gradient_checkpointing: bool = False  # recompute activations: less memory, a third slower
+
+
+@dataclass(frozen=True)
+class TFRecordOptimOptions(OptimOptions):
+    """How it is trained."""
+
+    optimizer: Optimizer = "Adafactor"  # AdamW reaches lower losses
+    lr: float | None = 1e-4  # peak learning rate
     warmup_steps: int = 10_000  # optimizer steps of linear warm-up
-    lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"  # after the warm-up
     disable_lr_schedule: bool = False  # lr from the first step to the last
     momentum: float = 0.9  # Adafactor's first moment (0: none), Muon's and SGD's
-    relative_update_scale: bool = False  # Adafactor: the rate is relative to each weight's RMS
-    weight_decay: float = 0.1  # on matrices only
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: never
-    skip_outliers: float | None = None
-    """leave out a batch whose loss or gradient norm is not finite or so many standard deviations
-    above the mean of the last 128 updates (6 is usual); 11 in a row stop the run"""
     batch_size: int = 8  # rows per forward pass, over all devices of all hosts
-    grad_steps: int = 1  # forward passes per optimizer step
-    epochs: float = 1.0  # passes over the training rows
-    max_steps: int | None = None  # optimizer steps; replaces epochs
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on TPUs and GPUs that have it
-    gradient_checkpointing: bool = False  # recompute activations: less memory, a third slower
-    steps_per_call: int = 10  # optimizer steps between two returns to Python
-    device: str = "auto"  # without a TPU: auto, cpu, gpu
-    n_devices: int | None = None  # GPUs to train on; or so many logical devices of the CPU
-    compile: bool = False  # XLA without a TPU: faster on GPUs, slower on CPUs
+    train_len: Unset[int] = None  # rows of an epoch (default: those of the shards)
+    beta1: Suppress[float] = OptimOptions.beta1
+    fp16: Suppress[bool] = False
+
+
+@dataclass(frozen=True)
+class BatchReportOptions(KeepOptions):
+    """What is reported and kept."""
+
     save_dir: str = "runs/tfrecords"  # the run's folder, or URL (gs://...)
     save_batches: int = 1000  # steps between checkpoints
-    eval_batches: int | None = None  # steps between evaluations; default: as save_batches
+    eval_batches: Unset[int] = None  # steps between evaluations (default: --save_batches)
     log_batches: int = 10  # steps between lines of metrics.jsonl
-    keep_last: int = 2  # newest checkpoints kept
-    milestone_steps: int | None = None  # checkpoints at multiples of this are kept for ever
-    max_minutes: float | None = None
-    """save and stop, exit code 75, so long after the start of the script (packing included), behind
-    the step or evaluation batch under way; the same command continues"""
-    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
-    tags: tuple[str, ...] = ()  # W&B tags
-    seed: int = 42  # of weights, data order and dropout
-    eval_only: bool = False  # evaluate --checkpoint on --val_path and stop
-    dry_run: str | None = None  # compile the step for this TPU slice (v3-128) here, and stop
+
+
+@dataclass(frozen=True)
+class TPUOptions:
+    """The TPU."""
+
+    tpu: str = "none"  # name of a TPU or pod; local: the TPU attached to this machine; none: no TPU
+    dry_run: Unset[str] = None  # only compile the step for a slice, as v3-128 (default: off)
     find_batch: bool = False  # with dry_run: the largest batch that fits
-    overwrite: bool = False  # remove the run in save_dir and start anew
-    debug: bool = False  # a traceback with every error
+
+
+@dataclass(frozen=True)
+class TFRecordOptions(RunOptions, DeviceOptions, TPUOptions):
+    """The options of train_tfrecords.py, which trains by `train_options()`."""
+
+    data: RowOptions = field(default_factory=RowOptions)
+    model: TypeOptions = field(default_factory=TypeOptions)
+    optim: TFRecordOptimOptions = field(default_factory=TFRecordOptimOptions)
+    report: BatchReportOptions = field(default_factory=BatchReportOptions)
+    steps_per_call: int = 10
 
     def __post_init__(self) -> None:
-        check_positive(self, "train_len", "save_batches", "eval_batches", "log_batches")
-        if self.eval_only and not self.checkpoint:
-            raise UserError("--eval_only needs --checkpoint FOLDER")
+        check_positive(self.optim, "train_len")
+        check_positive(self.report, "save_batches", "eval_batches", "log_batches")
         if self.find_batch and not self.dry_run:
             raise UserError("--find_batch needs --dry_run SLICE, for example --dry_run v3-128")
-        self.train_options()  # the checks of the others
+        self.train_options()  # which checks all else
 
     def train_options(self) -> TFTrainOptions:
-        """The same run in the options of train_tf.py."""
-        momentum = {"beta1" if self.optimizer == "Adafactor" else "momentum": self.momentum}
-        schedule, warmup = self.lr_schedule, self.warmup_steps
-        if self.disable_lr_schedule:
-            schedule, warmup = "constant", 0
-        return TFTrainOptions(
-            data=DataOptions(self.train_path, self.val_path, self.tokenizer, self.seq_len),
-            model=ModelOptions(
-                self.config_path or self.model_type, self.checkpoint,
-                gradient_checkpointing=self.gradient_checkpointing,
+        """The same run in the options of train_tf.py, as run.json records it."""
+        model, optim, report = self.model, self.optim, self.report
+        changes: dict[str, Any] = {}
+        if optim.optimizer == "Adafactor":
+            changes = {"beta1": optim.momentum, "momentum": OptimOptions.momentum}
+        if optim.disable_lr_schedule:
+            changes |= {"lr_schedule": "constant", "warmup_steps": 0}
+        return _as(
+            TFTrainOptions, self,
+            data=_as(DataOptions, self.data),
+            model=_as(ModelOptions, model, config=model.config_path or model.model_type),
+            optim=_as(OptimOptions, optim, **changes),
+            report=_as(
+                ReportOptions, report, logging_steps=report.log_batches,
+                eval_steps=report.eval_batches or report.save_batches,
+                save_steps=report.save_batches,
             ),
-            optim=OptimOptions(
-                optimizer=self.optimizer, lr=self.lr, lr_schedule=schedule, warmup_steps=warmup,
-                weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm,
-                relative_update_scale=self.relative_update_scale,
-                skip_outliers=self.skip_outliers, batch_size=self.batch_size,
-                grad_steps=self.grad_steps, epochs=self.epochs, max_steps=self.max_steps,
-                precision=self.precision, seed=self.seed, **momentum,
-            ),
-            report=ReportOptions(
-                self.save_dir, self.log_batches, self.eval_batches or self.save_batches,
-                self.save_batches, keep_last=self.keep_last, milestone_steps=self.milestone_steps,
-                max_minutes=self.max_minutes, wandb=self.wandb, tags=self.tags,
-            ),
-            eval_only=self.eval_only, device=self.device, n_devices=self.n_devices,
-            steps_per_call=self.steps_per_call, compile=self.compile, overwrite=self.overwrite,
-            debug=self.debug,
         )  # fmt: skip
+
+
+def _as(cls: type[Options], options: object, **changes: Any) -> Options:
+    """A `cls` with the fields that it shares with `options`, and `changes`."""
+    names = {option.name for option in fields(cls)} & {option.name for option in fields(options)}
+    return cls(**{name: getattr(options, name) for name in names} | changes)
+
+
+# --- export_gpt2.py and plot_runs.py --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is written."""
+
+    checkpoint: Annotated[Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """folder of a run or of a checkpoint"""
+    out: Annotated[Positional[str], tyro.conf.arg(metavar="OUT")]  # folder to write
+    overwrite: bool = False  # replace the files of an earlier export
+    debug: bool = False  # print a traceback with every error
+
+    def __post_init__(self) -> None:
+        check_on_disk(self, "out")
 
 
 @dataclass(frozen=True)
 class PlotOptions:
-    """Draw the loss and learning-rate curves of one or several runs to a PNG."""
+    """What is drawn."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """folders of runs, or their metrics.jsonl; none: all runs in runs/"""
+    runs: Annotated[Positional[tuple[str, ...]], IN_WORDS, tyro.conf.arg(metavar="[RUNS ...]")] = ()
+    """folders of runs, or their metrics.jsonl (default: all runs in runs/)"""
     save_path: str = "curves.png"  # image to write
     x: Literal["tokens", "step", "elapsed_s"] = "tokens"  # what the curves run over
     smooth: int = 10  # lines of metrics.jsonl averaged per drawn point; 1: none
     overwrite: bool = False  # replace an image that this script did not draw
-    debug: bool = False  # a traceback with every error
+    debug: bool = False  # print a traceback with every error
 
     def __post_init__(self) -> None:
         check_on_disk(self, "save_path")
         check_positive(self, "smooth")
+
+
+# --- two records of options -----------------------------------------------------------------------
+
+
+def changed_options(
+    old: dict[str, Any], new: dict[str, Any], ignore: Sequence[str] = ()
+) -> list[str]:
+    """`name: old -> new` for each option that differs, nested groups flattened."""
+    changes = []
+    for name in sorted({**old, **new}):
+        before, after = old.get(name), new.get(name)
+        if name in ignore or before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes += changed_options(before, after, ignore)
+        else:
+            changes.append(f"{name}: {before} -> {after}")
+    return changes

@@ -1,8 +1,8 @@
 """The tokenizer: GPT-2's byte-level BPE, trained, saved, loaded and applied in one place.
 
-Any text encodes and decodes without loss. `<|endoftext|>` has the last id, other control codes
-stand just before it. Text is data: a control code written out in it is encoded as ordinary
-characters; only the packer and the sampler put `eot_id` between documents.
+Any text encodes and decodes without loss. `<|endoftext|>` has the last id; other control codes have
+the ids just before it. Text is data: the tokenizer encodes a control code that occurs in a text as
+ordinary characters. Only the packer and the sampler put `eot_id` between documents.
 """
 
 import functools
@@ -22,10 +22,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from .errors import UserError, describe
 
 END_OF_TEXT = "<|endoftext|>"
-MODEL_MAX_LENGTH = 1024  # tokens; what transformers warns beyond
-MIN_FREQUENCY = 2  # a pair met once is no regularity
+MODEL_MAX_LENGTH = 1024  # tokens; transformers warns about longer texts
+MIN_FREQUENCY = 2  # a pair that occurs once is chance
 N_BYTES = 256
-SPARE_IDS = 2**16  # that a vocabulary may leave out
+SPARE_IDS = 2**16  # ids that a vocabulary may leave out
 PACKAGE_FOLDER = Path(__file__).parent
 TOKENIZER_FILES = (
     "vocab.json",
@@ -38,15 +38,18 @@ TOKENIZER_FILES = (
 
 
 class TextTokenizer:
-    """A trained tokenizer as the rest of the project sees it: text to arrays of ids and back.
+    """A trained tokenizer as the rest of the project uses it: text to arrays of ids and back.
 
-    `vocab_size` is the largest id + 1, added tokens included; `dtype` the smallest unsigned type
-    that holds all ids; `fingerprint` the sha256 of the canonical tokenizer.json; `special_ids` are
-    the ids of all control codes; `n_new_codes` of them have come since the tokenizer was saved.
+    Attributes:
+        vocab_size: the largest id + 1, added tokens included.
+        dtype: the smallest unsigned type that holds all ids.
+        fingerprint: sha256 of the canonical tokenizer.json.
+        special_ids: ids of all control codes.
+        n_new_codes: number of control codes added since the tokenizer was saved.
     """
 
     def __init__(self, tokenizer: Tokenizer, folder: Path, end_of_text: str) -> None:
-        # What a downloaded tokenizer.json says about batches of sentences is not for a corpus.
+        # A downloaded tokenizer.json may truncate and pad its texts; a corpus needs neither.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # as text
@@ -63,27 +66,27 @@ class TextTokenizer:
         self.n_new_codes = 0
 
     def with_control_codes(self, codes: Sequence[str]) -> "TextTokenizer":
-        """A tokenizer that also has `codes`; those it does not know get the next ids.
+        """A tokenizer that also has `codes`; a code that is new gets the next id.
 
         Raises:
             UserError: a code is an ordinary entry of the vocabulary.
         """
-        known = {code: self.token_to_id(code) for code in codes}
-        if words := [c for c, i in known.items() if i is not None and i not in self.special_ids]:
+        ids = {code: self.token_to_id(code) for code in codes}
+        if words := [c for c, i in ids.items() if i is not None and i not in self.special_ids]:
             raise UserError(
                 f"control code {words[0]!r} is an ordinary word of the vocabulary; mark it: <|…|>"
             )
-        new = [code for code, i in known.items() if i is None]
-        if not new:
+        new_codes = [code for code, i in ids.items() if i is None]
+        if not new_codes:
             return self
         tokenizer = Tokenizer.from_str(self._json)
-        tokenizer.add_special_tokens([AddedToken(code, normalized=False) for code in new])
+        tokenizer.add_special_tokens([AddedToken(code, normalized=False) for code in new_codes])
         result = TextTokenizer(tokenizer, self.folder, self._end_of_text)
-        result.n_new_codes = len(new)
+        result.n_new_codes = len(new_codes)
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its folder, so that a worker process loads it once for all tasks."""
+        """Pickle the folder's name only, so that a worker process loads it once for all tasks."""
         return _load_same, (str(self.folder), self.fingerprint)
 
     def to_json(self) -> str:
@@ -91,7 +94,7 @@ class TextTokenizer:
         return self._json
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One array of ids (n_tokens,) per text; no special token is added."""
+        """One array of ids (n_tokens,) per text, without added special tokens."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
@@ -100,11 +103,11 @@ class TextTokenizer:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def token_to_id(self, token: str) -> int | None:
-        """Id of an entry or control code; None if the vocabulary has no such."""
+        """Id of an entry or control code; None if the vocabulary lacks it."""
         return self._tokenizer.token_to_id(token)
 
     def save(self, folder: str | Path) -> None:
-        """Copy the tokenizer's files into `folder`; `AutoTokenizer` loads them in any case."""
+        """Copy the tokenizer's files into `folder`, and add what `AutoTokenizer` needs."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         codes = [self.decode([i]) for i in self.special_ids]
@@ -125,10 +128,12 @@ def train(
     vocab_size: int,
     control_codes: Sequence[str] = (END_OF_TEXT,),
 ) -> Tokenizer:
-    """A byte-level BPE of exactly `vocab_size` entries, the same for the same documents.
+    """A byte-level BPE of exactly `vocab_size` entries; equal documents give equal tokenizers.
 
-    `<|endoftext|>` is added to `control_codes` if it is not among them. `UserError`
-    if the text does not yield that many entries.
+    Args:
+        control_codes: `<|endoftext|>` joins them if it is not among them.
+    Raises:
+        UserError: the text yields fewer entries, or a control code is a word of the text.
     """
     codes = [code for code in dict.fromkeys(control_codes) if code != END_OF_TEXT] + [END_OF_TEXT]
     n_learnt = vocab_size - len(codes)
@@ -176,17 +181,19 @@ def _byte_level(
 
 
 def save(tokenizer: Tokenizer, folder: str | Path, *, overwrite: bool = False) -> bool:
-    """Write a trained tokenizer; False if the very same is there already.
+    """Write a trained tokenizer; return False if the folder already holds the same.
 
-    The files get their names only when all of them are written. `UserError` if the folder holds
-    another tokenizer, unless `overwrite`.
+    The files get their names only after all of them are written.
+
+    Raises:
+        UserError: the folder holds another tokenizer, unless `overwrite`.
     """
     folder = Path(folder)
     files = {name: text.encode() for name, text in _file_texts(tokenizer).items()}
-    present = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).exists()}
-    if present == files:
+    old_files = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).exists()}
+    if old_files == files:
         return False
-    if not overwrite and any(files.get(name) != raw for name, raw in present.items()):
+    if not overwrite and any(files.get(name) != raw for name, raw in old_files.items()):
         raise UserError(f"{folder} holds another tokenizer: choose another folder or --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
     partial = {name: folder / f".{name}.{os.getpid()}" for name in files}
@@ -198,13 +205,13 @@ def save(tokenizer: Tokenizer, folder: str | Path, *, overwrite: bool = False) -
     finally:
         for path in partial.values():
             path.unlink(missing_ok=True)
-    for name in set(present) - set(files):
-        (folder / name).unlink()  # the other tokenizer's
+    for name in set(old_files) - set(files):
+        (folder / name).unlink()  # a file of the old tokenizer only
     return True
 
 
 def _file_texts(tokenizer: Tokenizer) -> dict[str, str]:
-    """File name -> content; tokenizer.json last, as it is what a reader looks for first."""
+    """File name -> content; tokenizer.json is last, because readers look for it first."""
     content = json.loads(tokenizer.to_str())
     model = content["model"]
     vocab = dict(sorted(model["vocab"].items(), key=lambda entry: entry[1]))
@@ -229,7 +236,7 @@ def _config(tokenizer_class: str, end_of_text: str, codes: Sequence[str] = ()) -
         "tokenizer_class": tokenizer_class,
         "unk_token": end_of_text,
     }
-    # transformers 4 takes no list, not even an empty one.
+    # transformers 4 fails on a list here, even an empty one.
     if extra := [code for code in codes if code != end_of_text]:
         config["extra_special_tokens"] = extra
     return json.dumps(config, indent=2) + "\n"
@@ -241,13 +248,14 @@ def _config(tokenizer_class: str, end_of_text: str, codes: Sequence[str] = ()) -
 def load_tokenizer(name_or_folder: str) -> TextTokenizer:
     """A tokenizer from a folder, from this package (`algpt2-tokenizer`) or from the hub (`gpt2`).
 
-    A folder needs tokenizer.json, or vocab.json and merges.txt. `UserError` names what is missing.
+    Raises:
+        UserError: there is no tokenizer.json, nor vocab.json and merges.txt, or they are damaged.
     """
-    given = Path(name_or_folder).expanduser()
-    for folder in (given, PACKAGE_FOLDER / given, PACKAGE_FOLDER.parent / given):
+    path = Path(name_or_folder).expanduser()
+    for folder in (path, PACKAGE_FOLDER / path, PACKAGE_FOLDER.parent / path):
         if _holds_tokenizer(folder):
             return _load_folder(folder)
-    if given.exists():
+    if path.exists():
         raise UserError(
             f"{name_or_folder} holds no tokenizer: expected a folder with tokenizer.json,"
             " or vocab.json and merges.txt"
@@ -257,8 +265,8 @@ def load_tokenizer(name_or_folder: str) -> TextTokenizer:
 
 def _holds_tokenizer(folder: Path) -> bool:
     """True if a tokenizer can be loaded from `folder`."""
-    has = {name for name in TOKENIZER_FILES if (folder / name).is_file()}
-    return "tokenizer.json" in has or {"vocab.json", "merges.txt"} <= has
+    files = {name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    return "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files
 
 
 def _load_folder(folder: Path) -> TextTokenizer:
@@ -273,14 +281,14 @@ def _load_folder(folder: Path) -> TextTokenizer:
         raise
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # of the Rust side: a bare Exception, or a panic, which is none
+    except BaseException as error:  # Rust raises a bare Exception, or a panic outside Exception
         reason = f"the tokenizer's files are damaged ({describe(error)[:300]})"
         raise UserError(f"{folder}: {reason}") from None
     return TextTokenizer(tokenizer, folder, end_of_text)
 
 
 def _check_ids(folder: Path) -> None:
-    """`ValueError` for ids that no vocabulary has: the Rust side walks over all ids up to them."""
+    """Raise `ValueError` for an absurd id: the Rust side visits every id up to the largest."""
     path = folder / "tokenizer.json"
     if path.is_file():
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -291,8 +299,8 @@ def _check_ids(folder: Path) -> None:
     else:
         ids = [*json.loads((folder / "vocab.json").read_text(encoding="utf-8")).values()]
         n_ids = len(ids)
-    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2 * n_ids + SPARE_IDS]:
-        raise ValueError(f"id {reprlib.repr(wrong[0])} in a vocabulary of {n_ids:,} entries")
+    if bad_ids := [i for i in ids if type(i) is not int or not 0 <= i < 2 * n_ids + SPARE_IDS]:
+        raise ValueError(f"id {reprlib.repr(bad_ids[0])} in a vocabulary of {n_ids:,} entries")
 
 
 @functools.lru_cache(4)
@@ -304,10 +312,10 @@ def _load_same(folder: str, fingerprint: str) -> TextTokenizer:
 
 
 def _load_vocab_and_merges(folder: Path) -> Tokenizer:
-    """The two files of GPT-2; the end of text is where the vocabulary has it."""
+    """The tokenizer in GPT-2's two files."""
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    # A merge of "#" with something is a merge; only the first line can be the version.
+    # Only the first line can be the version; a later line that begins with "#" is a merge.
     lines = lines[1:] if lines[0].startswith("#version") else lines
     merges = [tuple(line.split(" ")) for line in lines if line]
     return _byte_level(vocab, merges, [END_OF_TEXT] if END_OF_TEXT in vocab else [])
@@ -334,9 +342,11 @@ def _download(name: str) -> Path:
 
     try:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=TOKENIZER_FILES))
-    except Exception as error:  # of the hub's client, its HTTP library, the network
+    except Exception as error:  # the hub's client and its HTTP library raise many types
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{missing}, and not from the hub: {reason}") from None
     if not _holds_tokenizer(folder):
-        raise UserError(f"{name}: the hub's model has no tokenizer.json, nor vocab.json and merges")
+        raise UserError(
+            f"{name}: the hub's model has no tokenizer.json, nor vocab.json and merges.txt"
+        )
     return folder

@@ -31,8 +31,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from harness import ROOT, save
+
+from algpt2.system.console import table
 
 METHODS = {
     "ours": 1, "ours, 2": 1, "ours, xz": 1, "xz -dc": 1, "ceiling": 1, "common": 10, "original": 100
@@ -66,7 +67,7 @@ def archive_of(paths: list[str]) -> str:
 
 def ceiling(paths: list[str], folder: Path) -> int:
     """List the files, read and encode each, keep nothing."""
-    from algpt2.encoders import FastEncoder
+    from algpt2.shards.encoders import FastEncoder
     from algpt2.tokenization_algpt2 import load_tokenizer
 
     encoder = FastEncoder(load_tokenizer(TOKENIZER))._encoder
@@ -82,7 +83,7 @@ def bytes_per_token(folder: Path) -> dict[str, float]:
 
     import numpy as np
 
-    from algpt2.tfrecords import open_rows
+    from algpt2.shards.tfrecords import open_rows
 
     rows = open_rows(folder)
     ids = rows[np.arange(min(len(rows), 4_000_000 // SEQ_LEN))][:, :-1]
@@ -198,14 +199,14 @@ def main() -> None:
             found[method].append(json.loads(done.stdout.splitlines()[-1]))
     shutil.rmtree(options.folder)
     rates = {name: statistics.median(x["rate"] for x in xs) for name, xs in found.items()}
-    print(f"{'':10} {'MB/s':>8} {'ours / it':>10} {'bytes written / byte of text':>30}")
+    lines = [["", "MB/s", "ours / it", "bytes written / byte of text"]]
     for name, rate in rates.items():
         written = found[name][0]["written"]
-        print(f"{name:10} {rate:8.2f} {rates['ours'] / rate:10.2f} {written:30.2f}")
+        lines.append([name, f"{rate:.2f}", f"{rates['ours'] / rate:.2f}", f"{written:.2f}"])
+    print(table(lines))
     for name, n_bytes in found["ours"][0]["bytes_per_token"].items():
         print(f"bytes of a token, {name}: {n_bytes:.2f}")
-    path = Path(__file__).parent / "results" / "data.json"
-    path.write_text(json.dumps({"documents": options.documents, "runs": found}, indent=2) + "\n")
+    save("data", {"documents": options.documents, "runs": found})
     return None
 
 

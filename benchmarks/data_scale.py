@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from algpt2.system.console import table
 
 ROWS_PER_FILE = 10_000
 
@@ -46,9 +46,9 @@ def generate(
     letters = string.ascii_lowercase.encode()
     while written < n_bytes:
         shuffled = bytes(rng.permutation(np.frombuffer(letters, np.uint8)))
-        table = bytes.maketrans(letters, shuffled)
+        substitution = bytes.maketrans(letters, shuffled)
         for i in range(0, len(texts), ROWS_PER_FILE):
-            rows = [text.translate(table) for text in texts[i : i + ROWS_PER_FILE]]
+            rows = [text.translate(substitution) for text in texts[i : i + ROWS_PER_FILE]]
             write_rows(rows, folder / f"{copy:04d}-{i:08d}", one_file_each)
             documents, written = documents + len(rows), written + sum(map(len, rows))
             if written >= n_bytes:
@@ -83,10 +83,9 @@ def main() -> None:
     paths = [path for pattern in options.text for path in sorted(glob.glob(pattern))]  # noqa: PTH207
     columns = [pq.read_table(path, columns=["text"])["text"] for path in paths]
     texts = [text.encode() for column in columns for text in column.to_pylist()]
-    folder, root = Path(options.folder), Path(__file__).resolve().parent.parent
+    folder, lines = Path(options.folder), [["GB", "documents", "MB/s", "peak worker", "peak main"]]
     folder.mkdir(parents=True)
-    (folder / "pack.py").write_text(f"import sys; sys.path.insert(0, {str(root)!r})\n{PACK}")
-    print(f"{'GB':>6} {'documents':>10} {'MB/s':>6} {'peak worker':>12} {'peak main':>10}")
+    (folder / "pack.py").write_text(PACK)
     for gigabytes in options.gigabytes:
         documents, n_bytes = generate(
             texts, folder / "text", gigabytes * 1e9, options.one_file_each
@@ -96,14 +95,13 @@ def main() -> None:
                    "--workers", options.workers]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         seconds, main_peak, worker_peak = json.loads(done.stdout.splitlines()[-1])
-        print(
-            f"{n_bytes / 1e9:6.2f} {documents:10,} {n_bytes / 1e6 / seconds:6.0f}"
-            f" {worker_peak / 1e9:9.2f} GB {main_peak / 1e9:7.2f} GB",
-            flush=True,
-        )
+        lines.append([f"{n_bytes / 1e9:.2f}", f"{documents:,}", f"{n_bytes / 1e6 / seconds:.0f}",
+                      *(f"{peak / 1e9:.2f} GB" for peak in (worker_peak, main_peak))])  # fmt: skip
+        print("  ".join(lines[-1]), flush=True)
         for name in ("text", "out"):
             shutil.rmtree(folder / name)
     shutil.rmtree(folder)
+    print(table(lines))
 
 
 if __name__ == "__main__":

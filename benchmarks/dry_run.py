@@ -1,6 +1,6 @@
 """What fits a TPU: the table of Markdown/CLOUD.md, from the TPU's own compiler, without a TPU.
 
-    pip install -r requirements-tpu.txt
+    pip install -r requirements-dry-run.txt
     python3 benchmarks/dry_run.py                        # every case: hours on two cores
     python3 benchmarks/dry_run.py --cases algpt2@v3-8 gpt2@v3-128
 
@@ -21,9 +21,10 @@ from typing import Any
 import tyro
 from harness import ROOT, save
 
-from algpt2 import dry_run, errors
-from algpt2.evaluation import table
+from algpt2 import errors
 from algpt2.options import TFRecordOptions, parse
+from algpt2.system.console import table
+from algpt2.tpu import dry_run
 
 # CONFIG@SLICE, and flags behind it.
 CASES = (
@@ -71,7 +72,7 @@ def compile_in_process(case: str) -> dict[str, Any]:
 
 def compile_case(case: str) -> dict[str, Any]:
     """The largest batch of a case and what its program takes; `error` where nothing fits."""
-    from algpt2 import dry_run_tf
+    from algpt2.tpu import dry_run_tf
 
     start, *flags = case.split()
     config, _, name = start.partition("@")

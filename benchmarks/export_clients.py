@@ -19,11 +19,9 @@ from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from algpt2.errors import UserError, describe, run_script  # noqa: E402  (after the path)
-from algpt2.evaluation import table  # noqa: E402
+from algpt2.errors import UserError, describe
+from algpt2.system.console import table
+from algpt2.system.script import run_script
 
 Ids = list[int]
 
@@ -41,7 +39,7 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Export, generate with every tool, print the table; 1 if a tool's text differs."""
     options = tyro.cli(Options, args=argv, use_underscores=True)
-    from algpt2.convert_pt import export_gpt2
+    from algpt2.export.convert_pt import export_gpt2
 
     clients: dict[str, Callable[[Path, list[Ids], Options], list[str]]] = {
         "transformers GPT2LMHeadModel": with_transformers,
@@ -70,13 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def generate_here(options: Options) -> tuple[list[Ids], list[str]]:
     """Prompts as ids and their greedy continuations by ALGPT2 itself."""
-    from algpt2.options import DataOptions, ModelOptions
-    from algpt2.runs import choose_tokenizer
-    from algpt2.training_pt import build_model
+    from algpt2.options import ModelOptions, TrainOptions
+    from algpt2.runs.start import find_start
+    from algpt2.training.trainer_pt import build_model
 
-    model_options = ModelOptions(checkpoint=options.checkpoint)
-    tokenizer = choose_tokenizer(DataOptions(), model_options)
-    model = build_model(model_options, tokenizer, None).eval()
+    model = ModelOptions(checkpoint=options.checkpoint)
+    start = find_start(TrainOptions(model=model, sample_only=True))
+    tokenizer, model = start.tokenizer, build_model(start).eval()
     prompts = [[tokenizer.eot_id, *x.tolist()] for x in tokenizer.encode_batch(options.prompts)]
     return prompts, [tokenizer.decode(greedy(model, ids, options.n_tokens)) for ids in prompts]
 

@@ -22,7 +22,7 @@ from harness import ROOT, save
 
 import export_gpt2
 from algpt2 import ALGPT2Config, ALGPT2LMHeadModel
-from algpt2.evaluation import table
+from algpt2.system.console import table
 
 TOLERANCE = 1e-4  # of a logit, absolute
 INITIALIZER_RANGE = 0.06  # three times the usual: logits nearer to those of a trained model

@@ -4,6 +4,7 @@
     python3 benchmarks/faults.py kills disks        # some families
     python3 benchmarks/faults.py --short            # a few faults of each
     python3 benchmarks/faults.py --table            # of benchmarks/results/faults.json
+    python3 benchmarks/faults.py --reproduce config:17         # one hostile input, its traceback
 
 Exit code 1 if any fault was not survived.
 """
@@ -15,28 +16,30 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-import fault_corruption
-import fault_fuzz
-import fault_kills
-import ray_cluster
+from fault_families import corruption, fuzz, kills, ray_cluster
+
+from algpt2.system.console import markdown_table
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 FAMILIES: dict[str, Callable[[bool, int], Iterable[dict]]] = {
-    **{name: partial(fault_kills.run, only=name) for name in fault_kills.FAMILIES},
-    "corruption": fault_corruption.run,
-    "fuzz": fault_fuzz.run,
+    **{name: partial(kills.run, name=name) for name in kills.FAMILIES},
+    "corruption": corruption.run,
+    "fuzz": fuzz.run,
     "ray": ray_cluster.run,
 }
 
 
 def markdown(results: dict[str, list[dict]]) -> str:
     """The table of RELIABILITY.md."""
-    lines = ["| fault | what | injected | survived | lost | |", "|---|---|---|---|---|---|"]
-    for rows in results.values():
-        for row in rows:
-            counts = " | ".join(f"{row[name]:,}" for name in ("injected", "survived", "lost"))
-            lines.append(f"| {row['family']} | {row['what']} | {counts} | {row['note']} |")
-    return "\n".join(lines)
+    lines = [
+        [row["family"], row["what"], *(f"{row[name]:,}" for name in COUNTS), row["note"]]
+        for rows in results.values()
+        for row in rows
+    ]
+    return markdown_table([["fault", "what", *COUNTS, ""], *lines])
+
+
+COUNTS = ["injected", "survived", "lost"]
 
 
 def main() -> int:
@@ -46,10 +49,14 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="a few of each; nothing is kept")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="print the kept results")
+    parser.add_argument("--reproduce", metavar="READER:N", help="read one input of fuzz")
     options = parser.parse_args()
     kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if options.table:
         print(markdown(kept))
+        return 0
+    if options.reproduce:
+        fuzz.reproduce(options.reproduce, options.seed)
         return 0
     found: dict[str, list[dict]] = {}
     for name in options.families or FAMILIES:

@@ -7,21 +7,16 @@ Greedy `generate` of `--new_tokens` after a random prompt, weights random, float
 contestants alternate within one process; medians and ratios over the rounds.
 """
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tyro
+from harness import save
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from algpt2.evaluation import table  # noqa: E402  (after the path)
+from algpt2.system.console import table
 
 
 @dataclass(frozen=True)
@@ -58,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         base = medians["GPT2LMHeadModel, KV cache"]
         lines += [[f"{config}: {k}", f"{v:.1f}", f"{v / base:.2f}"] for k, v in medians.items()]
     print(table(lines))
-    path = ROOT / "benchmarks" / "results" / "generate.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    save("generate", results)
 
 
 def build(config: str) -> dict[str, tuple[Any, bool]]:
@@ -68,10 +61,10 @@ def build(config: str) -> dict[str, tuple[Any, bool]]:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from algpt2.checkpoints import find_config_folder
     from algpt2.configuration_algpt2 import ALGPT2Config
-    from algpt2.convert import GPT2_KEYS
+    from algpt2.export.convert import GPT2_KEYS
     from algpt2.modeling_algpt2 import ALGPT2LMHeadModel
+    from algpt2.runs.start import find_config_folder
 
     torch.manual_seed(0)
     ours = ALGPT2Config.from_pretrained(find_config_folder(config))

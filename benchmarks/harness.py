@@ -1,7 +1,7 @@
-"""What the training benchmarks share: alternating measurements, one process each, on the same rows.
+"""What the benchmarks share: the results' folder, and training measured in alternation.
 
-Machines are noisy, so contestants alternate and medians over the rounds are compared. Peak memory
-is that of the process (ru_maxrss), in a process that did nothing else.
+Machines are noisy, so contestants alternate and medians over the rounds are compared. Each
+measurement has a process of its own: its peak memory is ru_maxrss.
 """
 
 import json
@@ -9,15 +9,18 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from algpt2.shards.tfrecords import FORMAT_VERSION, Manifest, open_rows, write_manifest, write_shard
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 
 @dataclass(frozen=True)
@@ -81,17 +84,30 @@ def make_tokens(vocab_size: int, options: Options) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocab_size, shape).astype(np.uint16)
 
 
-class FakeRows:
-    """Rows in memory with what a training step reads of a manifest."""
+def write_shards(folder: str, shards: Iterable[np.ndarray], vocab_size: int) -> None:
+    """A folder of packed shards, one for each array of rows (n, seq_len + 1), uint16."""
+    written = []
+    for i, rows in enumerate(shards):
+        written.append(write_shard(Path(folder, f"{i}.tfrecord"), rows))
+    seq_len = rows.shape[1] - 1
+    n_tokens = seq_len * sum(shard.rows for shard in written)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION, seq_len=seq_len, dtype="uint16", vocab_size=vocab_size,
+        eot_id=vocab_size - 1, tokenizer_sha256="0" * 64, sources=[], options={},
+        shards=tuple(written), documents=1, text_bytes=1, words=1, line_ends=1, tokens=1 + n_tokens,
+        left_over_tokens=0, dropped_rows=0, duplicates=0, encoder={},
+    )  # fmt: skip
+    write_manifest(Path(folder), manifest)
 
-    def __init__(self, tokens: np.ndarray, seq_len: int) -> None:
-        self.tokens, self.manifest = tokens, type("Manifest", (), {"seq_len": seq_len})
 
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, ids: Any) -> np.ndarray:
-        return self.tokens[ids]
+def time_steps(step: Callable[[], Any], options: Options) -> dict[str, float]:
+    """Median over `options.steps` calls of `step`, after two calls that do not count."""
+    seconds = []
+    for _ in range(options.steps + 2):
+        start_s = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start_s)
+    return result(seconds[2:], options)
 
 
 def result(seconds: list[float], options: Options) -> dict[str, float]:
@@ -103,8 +119,8 @@ def result(seconds: list[float], options: Options) -> dict[str, float]:
 
 def no_dropout(config: str) -> Any:
     """The configuration of that name without dropout."""
-    from algpt2.checkpoints import find_config_folder
     from algpt2.configuration_algpt2 import ALGPT2Config
+    from algpt2.runs.start import find_config_folder
 
     rates = dict.fromkeys(["attn_pdrop", "embd_pdrop", "resid_pdrop"], 0.0)
     return ALGPT2Config.from_pretrained(find_config_folder(config), **rates)
@@ -112,25 +128,25 @@ def no_dropout(config: str) -> Any:
 
 def measure_train_pt(config: str, options: Options) -> dict[str, float]:
     """`train_step` as train_pt.py runs it."""
-    import time
-
     import torch
 
-    from algpt2 import training_pt
     from algpt2.modeling_algpt2 import ALGPT2LMHeadModel
     from algpt2.options import OptimOptions, TrainOptions
+    from algpt2.shards.batches import RowInputs
+    from algpt2.system.processes_pt import start_processes
+    from algpt2.training.optimizers_pt import build_optimizer
+    from algpt2.training.trainer_pt import Trainer
 
     optim = OptimOptions(batch_size=options.batch_size, lr=1e-4)
     train_options = TrainOptions(optim=optim)
-    processes = training_pt.start_processes(train_options)
+    processes = start_processes(train_options)
     torch.manual_seed(0)
     model = ALGPT2LMHeadModel(no_dropout(config)).to(processes.device)
-    optimizers = training_pt.build_optimizer(model, optim, optim.lr)
-    rows = FakeRows(make_tokens(model.config.vocab_size, options), options.seq_len)
-    trainer = training_pt.Trainer(model, optimizers, train_options, processes, rows, 10**6)
-    seconds = []
-    for _ in range(options.steps + 2):
-        start_s = time.perf_counter()
-        training_pt.train_step(trainer)
-        seconds.append(time.perf_counter() - start_s)
-    return result(seconds[2:], options)
+    optimizers = build_optimizer(model, optim, optim.lr)
+    vocab_size = model.config.vocab_size
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(folder, [make_tokens(vocab_size, options)], vocab_size)
+        rows = open_rows(folder)
+        inputs = RowInputs(rows, train_options, processes)
+        trainer = Trainer(model, optimizers, train_options, processes, inputs, 10**6)
+        return time_steps(lambda: trainer.train_step(), options)

@@ -20,13 +20,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import tyro
+from harness import ROOT, save
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from algpt2.checkpoints import find_checkpoint, write_json  # noqa: E402  (after the path)
-from algpt2.detokenizers import wikitext  # noqa: E402
-from algpt2.evaluation import table  # noqa: E402
+from algpt2.runs.checkpoints import find_checkpoint
+from algpt2.shards.detokenizers import wikitext
+from algpt2.system.console import table
 
 TASK = """task: {name}
 dataset_path: json
@@ -100,8 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_tasks(folder / "sets", folder / "tasks", paradigms)
         ours = run_ours(model, folder / "sets")
         theirs = run_lm_eval(model, folder, paradigms)
-    path = ROOT / "benchmarks" / "results" / "lm_eval_agreement.json"
-    write_json(path, {"lm_eval": version("lm_eval"), "ours": ours, "theirs": theirs})
+    save("lm_eval_agreement", {"lm_eval": version("lm_eval"), "ours": ours, "theirs": theirs})
     lines, is_equal = [["", "train_pt.py", "lm_eval", "rel. difference"]], True
     for name, value in theirs.items():
         difference = abs(ours[name] - value) / max(abs(value), 1e-9)

@@ -25,11 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from harness import save
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from algpt2.evaluation import table  # noqa: E402  (after the path)
+from algpt2.system.console import table
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         results = alternate(options)
         print(result_table(results))
-        path = ROOT / "benchmarks" / "results" / "tokenizer.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        save("tokenizer", results)
 
 
 # --- speed and memory ----------------------------------------------------------------------------
@@ -127,7 +123,7 @@ def alternate(options: Options) -> dict[str, dict]:
 
 def write_files(source: Sequence[str], n_files: int, folder: Path) -> int:
     """Cut the text of `source` into `n_files` files of about the same size; its bytes."""
-    from algpt2.corpus import documents
+    from algpt2.corpus.documents import documents
 
     text = "\n".join(documents(source))
     size = -(-len(text) // n_files)
@@ -161,7 +157,7 @@ def result_table(results: dict[str, dict]) -> str:
 
 def compare_vocabularies(vocabularies: Sequence[str], sets: Sequence[str]) -> str:
     """Bytes per token of each vocabulary on each set."""
-    from algpt2.corpus import documents
+    from algpt2.corpus.documents import documents
     from algpt2.tokenization_algpt2 import load_tokenizer
 
     lines = [["bytes per token", "entries", *(Path(name).name for name in sets)]]

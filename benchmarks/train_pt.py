@@ -23,7 +23,7 @@ from harness import (
     save,
 )
 
-from algpt2.evaluation import table
+from algpt2.system.console import table
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,14 +15,13 @@ import importlib.util
 import itertools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
 from harness import (
-    FakeRows,
     Options,
     alternate,
     answer,
@@ -32,9 +31,12 @@ from harness import (
     result,
     run_measurement,
     save,
+    time_steps,
+    write_shards,
 )
 
-from algpt2.evaluation import table
+from algpt2.shards.tfrecords import open_rows
+from algpt2.system.console import table
 
 # A v3-128: 16 hosts, 64 chips of 123 TFLOP/s in bfloat16 (Google's figure).
 POD_HOSTS, POD_FLOPS, POD_SHARE = 16, 64 * 123e12, 0.4
@@ -92,24 +94,24 @@ def measure_input(results: dict, options: Options) -> dict[str, float]:
 
 def measure_train_tf(config: str, options: Options) -> dict[str, float]:
     """`train_step` as train_tf.py runs it."""
-    from algpt2 import training_tf
     from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
     from algpt2.options import OptimOptions, TFTrainOptions
+    from algpt2.shards.inputs_tf import RowInputs
+    from algpt2.system.processes_tf import start_processes
+    from algpt2.training.optimizers_tf import build_optimizer
+    from algpt2.training.trainer_tf import Trainer
 
     optim = OptimOptions(batch_size=options.batch_size, lr=1e-4)
     train_options = TFTrainOptions(optim=optim)
-    processes = training_tf.start_processes(train_options)
+    processes = start_processes(train_options)
     model = TFALGPT2LMHeadModel(no_dropout(config))
-    optimizer = training_tf.build_optimizer(model, optim, optim.lr)
-    rows = FakeRows(make_tokens(model.config.vocab_size, options), options.seq_len)
-    inputs = training_tf.RowInputs(rows, train_options, processes)
-    trainer = training_tf.Trainer(model, optimizer, train_options, processes, inputs, 10**6)
-    seconds = []
-    for _ in range(options.steps + 2):
-        start_s = time.perf_counter()
-        training_tf.train_step(trainer)
-        seconds.append(time.perf_counter() - start_s)
-    return result(seconds[2:], options)
+    optimizer = build_optimizer(model, optim, optim.lr)
+    vocab_size = model.config.vocab_size
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(folder, [make_tokens(vocab_size, options)], vocab_size)
+        inputs = RowInputs(open_rows(folder), train_options, processes)
+        trainer = Trainer(model, optimizer, train_options, processes, inputs, 10**6)
+        return time_steps(lambda: trainer.train_step(), options)
 
 
 def measure_keras_hub(config: str, options: Options) -> dict[str, float]:
@@ -172,71 +174,46 @@ def measure_products(config: str, options: Options) -> dict[str, float]:
                 y = tf.matmul(a, b)
                 tf.matmul(y, b, transpose_b=True), tf.matmul(a, y, transpose_a=True)
 
-    seconds = []
-    for _ in range(options.steps + 2):
-        start_s = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start_s)
-    return result(seconds[2:], options)
+    return time_steps(step, options)
 
 
 def measure_shards(config: str, options: Options) -> dict[str, float]:
-    """The input of train_tfrecords.py: 16 shards, 1,024 tokens a row."""
-    from algpt2 import input_tf, training_tf
-    from algpt2.options import OptimOptions, TFTrainOptions
+    """The input of train_tfrecords.py: the shards as a tf.data stream."""
+    from algpt2.shards.inputs_tf import ShardInputs, find_shards
 
-    with tempfile.TemporaryDirectory() as folder:
-        write_shards(Path(folder), no_dropout(config).vocab_size)
-        optim = OptimOptions(batch_size=options.batch_size)
-        train_options = TFTrainOptions(optim=optim, steps_per_call=10)
-        processes = training_tf.start_processes(train_options)
-        shards = input_tf.find_shards("shards", [folder])
-        inputs = input_tf.ShardInputs(shards, train_options, processes)
-        return time_inputs(inputs, train_options, replace(options, seq_len=1024))
+    return time_inputs(config, options, lambda folder: find_shards("", [folder]), ShardInputs)
 
 
 def measure_rows(config: str, options: Options) -> dict[str, float]:
     """The input of train_tf.py: rows by their number."""
-    from algpt2 import training_tf
+    from algpt2.shards.inputs_tf import RowInputs
+
+    return time_inputs(config, options, open_rows, RowInputs)
+
+
+def time_inputs(
+    config: str, options: Options, open_: Callable[[str], Any], inputs_class: Callable[..., Any]
+) -> dict[str, float]:
+    """Speed of `options.steps` calls that each take 10 steps' rows, opening the files included.
+
+    The rows: 16 shards of 1,024 random rows of 1,024 tokens, 34 MB.
+    """
     from algpt2.options import OptimOptions, TFTrainOptions
-    from algpt2.tfrecords import open_rows
+    from algpt2.system.processes_tf import start_processes
 
+    draw, vocab_size, n = np.random.default_rng(0), no_dropout(config).vocab_size, 10
+    rows = (draw.integers(0, vocab_size, (1024, 1025)).astype(np.uint16) for _ in range(16))
+    optim = OptimOptions(batch_size=options.batch_size)
+    train_options = TFTrainOptions(optim=optim, steps_per_call=n)
+    processes = start_processes(train_options)
     with tempfile.TemporaryDirectory() as folder:
-        write_shards(Path(folder), no_dropout(config).vocab_size)
-        optim = OptimOptions(batch_size=options.batch_size)
-        train_options = TFTrainOptions(optim=optim, steps_per_call=10)
-        processes = training_tf.start_processes(train_options)
-        inputs = training_tf.RowInputs(open_rows(folder), train_options, processes)
-        return time_inputs(inputs, train_options, replace(options, seq_len=1024))
-
-
-def write_shards(folder: Path, vocab_size: int) -> None:
-    """16 shards of 1,024 random rows each, 34 MB."""
-    from algpt2.tfrecords import FORMAT_VERSION, Manifest, write_manifest, write_shard
-
-    draw = np.random.default_rng(0)
-    shards = tuple(
-        write_shard(
-            folder / f"{i}.tfrecord", draw.integers(0, vocab_size, (1024, 1025)).astype(np.uint16)
-        )
-        for i in range(16)
-    )
-    manifest = Manifest(
-        format_version=FORMAT_VERSION, seq_len=1024, dtype="uint16", vocab_size=vocab_size,
-        eot_id=vocab_size - 1, tokenizer_sha256="0" * 64, sources=[], options={}, shards=shards,
-        documents=1, text_bytes=1, words=1, line_ends=1, tokens=1 + 16 * 1024 * 1024,
-        left_over_tokens=0, dropped_rows=0, duplicates=0, encoder={},
-    )  # fmt: skip
-    write_manifest(folder, manifest)
-
-
-def time_inputs(inputs: object, train_options: object, options: Options) -> dict[str, float]:
-    """Seconds of a step's tokens over `options.steps` calls, opening the files included."""
-    n = train_options.steps_per_call
-    start_s = time.perf_counter()
-    for call in range(options.steps):
-        inputs.take(call * n)
-    return result([(time.perf_counter() - start_s) / (n * options.steps)], options)
+        write_shards(folder, rows, vocab_size)
+        inputs = inputs_class(open_(folder), train_options, processes)
+        start_s = time.perf_counter()
+        for call in range(options.steps):
+            inputs.take(call * n)
+        seconds = time.perf_counter() - start_s
+    return result([seconds / (n * options.steps)], replace(options, seq_len=1024))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TF_CPP_MIN_LOG_L
 
 import fsspec
 import pytest
+from helpers import as_flags
 
 WORDS = "the a one model token layer block shared learns reads writes of and in text small".split()
 
@@ -49,7 +50,7 @@ def corpus(tmp_path_factory):
 def tokenizer_folder(corpus, tmp_path_factory):
     """A byte-level BPE tokenizer of 300 entries trained on the corpus."""
     from algpt2 import tokenization_algpt2
-    from algpt2.corpus import documents
+    from algpt2.corpus.documents import documents
 
     folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
     texts = documents(str(corpus / "train"))
@@ -69,3 +70,18 @@ def config_folder(tokenizer_folder, tmp_path_factory):
         architectures=["ALGPT2LMHeadModel"],
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+@pytest.fixture
+def flags(corpus, tokenizer_folder, config_folder, tmp_path):
+    """Make the command line of a run of six steps: evaluation and checkpoint at steps 3 and 6."""
+
+    def make(save_dir="run", **changes):
+        options = {
+            "config": config_folder, "tokenizer": tokenizer_folder, "save_dir": tmp_path / save_dir,
+            "train_path": corpus / "train", "val_path": corpus / "valid", "seq_len": 16,
+            "max_steps": 6, "eval_steps": 3, "logging_steps": 1, "lr": 1e-2, "device": "cpu",
+        } | changes  # fmt: skip
+        return as_flags(options)
+
+    return make

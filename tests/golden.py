@@ -1,12 +1,14 @@
 """A training run in formulas: the weights, rows and options behind golden_losses.txt.
 
-Both frameworks must give its ten losses. After a change that is meant to change them, write what
-`python3 -m pytest tests/test_training_pt.py -k golden` says it found, and say why in the commit.
+Both frameworks must give its ten losses. After a change that is meant to change them, write the
+losses that `python3 -m pytest tests/training/test_trainer_pt.py -k golden` found into the file,
+and say why in the commit.
 """
 
 from pathlib import Path
 
 import numpy as np
+from helpers import Rows
 
 FILE = Path(__file__).parent / "golden_losses.txt"
 CONFIG = {
@@ -14,20 +16,8 @@ CONFIG = {
     "embedding_size": 12, "num_hidden_groups": 2, "bos_token_id": 60, "eos_token_id": 60,
     "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
 }  # fmt: skip
+ROWS = Rows((np.arange(4 * 17).reshape(4, 17) ** 2 % 59).astype(np.uint16))
 OPTIM = {"lr": 2e-2, "batch_size": 4, "warmup_steps": 2, "lr_schedule": "cosine"}
-
-
-class Rows:
-    """Four rows of 16 tokens, with what a trainer reads of the manifest."""
-
-    tokens = (np.arange(4 * 17).reshape(4, 17) ** 2 % 59).astype(np.uint16)
-    manifest = type("Manifest", (), {"seq_len": 16})
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def __getitem__(self, ids):
-        return self.tokens[ids]
 
 
 def weights(shapes):

@@ -1,21 +1,18 @@
-"""The babysitter of CLOUD.md, as it stands there, with commands that end as real ones do."""
+"""cloud/keep_running.sh, with commands that end as real ones do."""
 
 import itertools
 import os
-import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-CLOUD = Path(__file__).resolve().parent.parent / "Markdown" / "CLOUD.md"
+SCRIPT = Path(__file__).resolve().parent.parent / "cloud" / "keep_running.sh"
 
 
 @pytest.fixture
 def babysit(tmp_path):
     """Runs the script on a command that ends with each code in turn; code, pauses and output."""
-    (script,) = re.findall(r"^```bash\n(#!/bin/bash\n.*?)^```$", CLOUD.read_text(), re.M | re.S)
-    (tmp_path / "keep_running.sh").write_text(script)
     (tmp_path / "sleep").write_text(f'#!/bin/bash\necho "$1" >> {tmp_path}/pauses\n')
     (tmp_path / "train").write_text(
         f"#!/bin/bash\n"
@@ -32,7 +29,7 @@ def babysit(tmp_path):
         (tmp_path / "calls").write_text("")
         (tmp_path / "pauses").write_text("")
         process = subprocess.run(
-            ["bash", tmp_path / "keep_running.sh", tmp_path / "train", "--tags", "two words"],
+            ["bash", SCRIPT, tmp_path / "train", "--tags", "two words"],
             env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, timeout=60,
             capture_output=True, text=True,
         )  # fmt: skip
@@ -56,3 +53,8 @@ def test_the_pause_has_an_end(babysit):
     code, n_calls, pauses = babysit(*[75] * 14, 0)
     assert (code, n_calls) == (0, 15)
     assert pauses[-1] == pauses[-2] == max(pauses) <= 600
+
+
+def test_the_same_death_five_times_in_a_row_is_the_end(babysit):
+    code, n_calls, _ = babysit(75, 134, 134, 137, *[134] * 9)
+    assert (code, n_calls) == (134, 9)

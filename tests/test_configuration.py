@@ -53,8 +53,8 @@ def test_config_folders_have_the_shapes_of_the_original(name):
     config = ALGPT2Config.from_pretrained(FOLDERS / name)
     shape = (config.n_embd, config.n_layer, config.n_head, config.embedding_size)
     dropouts = {config.resid_pdrop, config.embd_pdrop, config.attn_pdrop}
-    found = (config.stored_parameters(), *shape, config.num_hidden_groups, *dropouts)
-    assert found == SHAPES[name]
+    actual = (config.stored_parameters(), *shape, config.num_hidden_groups, *dropouts)
+    assert actual == SHAPES[name]
     keys = json.loads((FOLDERS / name / "config.json").read_text())
     assert keys["model_type"] == "algpt2"
     assert keys["architectures"] == ["ALGPT2LMHeadModel"]
@@ -105,10 +105,10 @@ def test_parameters_do_not_grow_with_the_layers_of_one_block():
 @pytest.mark.parametrize("n_layer", [12, 22, 24, 36, 48])
 def test_layer_map_is_exact_arithmetic(n_layer):
     for groups in (g for g in range(1, n_layer + 1) if n_layer % g == 0):
-        found = ALGPT2Config(n_layer=n_layer, num_hidden_groups=groups).block_of_layers()
+        actual = ALGPT2Config(n_layer=n_layer, num_hidden_groups=groups).block_of_layers()
         exact = [int(Fraction(i) / (Fraction(n_layer) / groups)) for i in range(n_layer)]
-        assert found == exact
-        assert [found.count(block) for block in range(groups)] == [n_layer // groups] * groups
+        assert actual == exact
+        assert [actual.count(block) for block in range(groups)] == [n_layer // groups] * groups
 
 
 def test_an_explicit_layer_map_is_used():
@@ -122,8 +122,8 @@ def test_flops_count_the_matrix_products_that_are_applied():
         model = ALGPT2LMHeadModel(config)
     matrices = {name: p.numel() for name, p in model.named_parameters() if p.ndim == 2}
     blocks = sum(n for name, n in matrices.items() if ".h.0." in name)
-    others = sum(matrices[f"{name}.weight"] for name in ("transformer.projection_layer", "dense"))
-    applied = 4 * blocks + others + 97 * 16
+    projections = matrices["transformer.projection_layer.weight"] + matrices["dense.weight"]
+    applied = 4 * blocks + projections + 97 * 16
     assert config.flops_per_token(10) == 6 * applied + 12 * 4 * 32 * 10
 
 

@@ -1,4 +1,4 @@
-"""Damage to a run's folder: a part of the faults that benchmarks/fault_corruption.py injects."""
+"""Damage to a run's folder: a part of the faults that benchmarks/faults.py injects."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 
 import train_pt
 from algpt2.errors import UserError
-from benchmarks import fault_corruption as faults
+from benchmarks.fault_families import corruption as faults
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_faults_that_once_were_lost(harness, what):
 def test_a_record_that_rotted_stops_the_run_and_names_the_row(harness, tmp_path):
     import shutil
 
-    from algpt2.tfrecords import open_rows
+    from algpt2.shards.tfrecords import open_rows
 
     folder = shutil.copytree(harness.kept / "train", tmp_path / "train")
     path = folder / "1.tfrecord"

@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_pt
-from algpt2 import runs
 from algpt2.errors import UserError
+from algpt2.evaluation.sampling_pt import sample_texts
 from algpt2.options import DataOptions, SampleOptions
-from algpt2.sampling_pt import sample_texts
-from algpt2.tfrecords import open_rows
+from algpt2.runs.start import open_or_pack
+from algpt2.shards.tfrecords import open_rows
+from algpt2.system import console
 from algpt2.tokenization_algpt2 import load_tokenizer
 
 CODES = ("<|wiki|>", "<|code|>")
@@ -25,16 +26,12 @@ def tokenizer(tokenizer_folder):
 
 
 @pytest.fixture
-def flags(corpus, tokenizer_folder, config_folder, tmp_path):
-    """A run of four steps on the training files."""
+def flags(flags):
+    """A run of four steps on the training files, with more arguments behind its flags."""
 
     def make(save_dir="run", *more, **changes):
-        options = {
-            "config": config_folder, "tokenizer": tokenizer_folder, "save_dir": tmp_path / save_dir,
-            "train_path": corpus / "train", "val_path": corpus / "valid", "seq_len": 16,
-            "max_steps": 4, "eval_steps": 2, "lr": 1e-2, "device": "cpu",
-        } | changes  # fmt: skip
-        return [f"--{k}={v}" for k, v in options.items() if v is not None] + list(map(str, more))
+        options = {"max_steps": 4, "eval_steps": 2, "logging_steps": None} | changes
+        return [*flags(save_dir, **options), *map(str, more)]
 
     return make
 
@@ -78,9 +75,9 @@ def test_new_codes_get_the_next_ids_and_text_stays_text(tokenizer, tmp_path):
 def test_documents_of_a_path_start_with_its_code(corpus, tokenizer):
     longer, files = tokenizer.with_control_codes(CODES), sorted((corpus / "train").iterdir())[:2]
     paths = [str(path) for path in files]
-    rows = runs.open_or_pack(paths, DataOptions(control_codes=CODES), longer, 16)
+    rows = open_or_pack(paths, DataOptions(control_codes=CODES), longer, 16)
     alone = [
-        runs.open_or_pack([path], DataOptions(control_codes=(code,)), longer, 16)
+        open_or_pack([path], DataOptions(control_codes=(code,)), longer, 16)
         for path, code in zip(paths, CODES, strict=True)
     ]
     assert np.array_equal(
@@ -90,14 +87,14 @@ def test_documents_of_a_path_start_with_its_code(corpus, tokenizer):
         ids = np.concatenate([part[0][:1], *(row[1:] for row in part[np.arange(len(part))])])
         expected = [longer.token_to_id(code), *longer.encode_batch([path.read_text()])[0]]
         assert ids.tolist() == expected[: len(ids)]
-    other = runs.open_or_pack(paths[:1], DataOptions(control_codes=CODES[1:]), longer, 16)
+    other = open_or_pack(paths[:1], DataOptions(control_codes=CODES[1:]), longer, 16)
     assert (other[0][0], alone[0][0][0]) == (301, 300)
     both, manifest = [part.manifest for part in alone], rows.manifest
     for name in ("words", "text_bytes", "tokens", "documents", "line_ends", "n_rows"):
         assert getattr(manifest, name) == sum(getattr(m, name) for m in both)
     predicted = manifest.n_rows * 16 + manifest.left_over_tokens
     assert manifest.tokens == 1 + predicted  # the manifest's own invariant
-    again = runs.open_or_pack(paths, DataOptions(control_codes=CODES), longer, 16)
+    again = open_or_pack(paths, DataOptions(control_codes=CODES), longer, 16)
     assert again.folder == rows.folder and open_rows(rows.folder).manifest == manifest
 
 
@@ -153,7 +150,7 @@ def test_finetuning_adds_codes_compares_and_continues(flags, two_texts, tmp_path
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_rows_are_the_mean_of_the_old(config_folder, tokenizer, tied):
     from algpt2 import ALGPT2Config, ALGPT2LMHeadModel
-    from algpt2.training_pt import add_embeddings
+    from algpt2.training.trainer_pt import add_embeddings
 
     config = ALGPT2Config.from_pretrained(config_folder, tie_word_embeddings=tied)
     model = ALGPT2LMHeadModel(config)
@@ -208,12 +205,11 @@ def test_what_is_streamed_is_the_text(model, tokenizer, n_samples):
 
 
 def test_a_sample_alone_is_printed_as_it_comes(flags, tmp_path, capsys, monkeypatch):
-    from algpt2 import report
 
     train_pt.main(flags())
     shutil.copytree(tmp_path / "run" / "checkpoint-00000004", tmp_path / "alone")
-    pieces, write = [], report.write
-    monkeypatch.setattr(report, "write", lambda text: (pieces.append(text), write(text)))
+    pieces, write = [], console.write
+    monkeypatch.setattr(console, "write", lambda text: (pieces.append(text), write(text)))
     capsys.readouterr()
     sample = [f"--checkpoint={tmp_path / 'alone'}", "--sample_only", "--prompt=the",
               "--device=cpu", "--max_length=20"]  # fmt: skip

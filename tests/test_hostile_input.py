@@ -9,20 +9,24 @@ import resource
 import shutil
 import struct
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import train_pt
-from algpt2 import runs, training_pt
-from algpt2.checkpoints import STATE_FILE, write_record
-from algpt2.corpus import documents
+from algpt2.corpus.documents import documents
 from algpt2.errors import UserError
 from algpt2.options import ModelOptions, PackOptions, TrainOptions, parse
-from algpt2.tfrecords import read_manifest
+from algpt2.runs.checkpoints import STATE_FILE
+from algpt2.runs.start import Start
+from algpt2.shards.tfrecords import read_manifest
+from algpt2.system import memory
+from algpt2.system.files import write_record
 from algpt2.tokenization_algpt2 import load_tokenizer
-from benchmarks import fault_fuzz
-from benchmarks.fault_corruption import flags, make_data
+from algpt2.training import trainer_pt
+from benchmarks.fault_families import fuzz
+from benchmarks.fault_families.corruption import flags, make_data
 
 ROOT = Path(train_pt.__file__).parent
 
@@ -49,7 +53,7 @@ def peak_bytes():
 
 
 def test_mutated_input_is_read_or_refused():
-    rows = fault_fuzz.run(short=True, seed=1)
+    rows = fuzz.run(short=True, seed=1)
     assert sum(row["injected"] for row in rows) > 500
     assert not [row for row in rows if row["lost"]]
 
@@ -58,13 +62,13 @@ def test_the_harness_sees_another_exception(monkeypatch, tmp_path):
     def broken(self, draw):
         return lambda: {}["key"]
 
-    monkeypatch.setattr(fault_fuzz.Fuzzer, "manifest", broken)
-    (row, _) = fault_fuzz.run(short=True, families=["manifest"])
+    monkeypatch.setattr(fuzz.Fuzzer, "manifest", broken)
+    (row, _) = fuzz.run(short=True, readers=["manifest"])
     assert row["lost"] == row["injected"] and "KeyError" in row["note"]
 
 
 def test_there_are_twenty_thousand_inputs():
-    assert sum(fault_fuzz.Fuzzer.counts.values()) >= 20_000
+    assert sum(fuzz.Fuzzer.counts.values()) >= 20_000
 
 
 # --- pickles -------------------------------------------------------------------------------------
@@ -94,7 +98,7 @@ def test_a_pickle_in_a_checkpoint_never_runs(run, tmp_path, with_zip):
     options = ModelOptions(checkpoint=str(folder))
     tokenizer = load_tokenizer(str(run / "tokenizer"))
     with pytest.raises(UserError, match="cannot load a causal language model"):
-        training_pt.build_model(options, tokenizer, 16)
+        trainer_pt.build_model(replace(Start.find(options), tokenizer=tokenizer, seq_len=16))
     assert not fired.exists()
     pickle.loads(pickle.dumps(Bomb(fired)))
     assert fired.exists()  # it would have
@@ -225,17 +229,19 @@ def test_packing_refuses_absurd_numbers():
 
 
 def test_the_memory_of_a_model_is_counted_before_it_is_made(monkeypatch):
-    monkeypatch.setattr(runs, "memory_bytes", lambda: 10**6)
-    runs.check_memory(250_000)
+    monkeypatch.setattr(memory, "memory_bytes", lambda: 10**6)
+    memory.check_memory(250_000)
     with pytest.raises(UserError, match=r"250,001 parameters, 0\.0 GB"):
-        runs.check_memory(250_001)
+        memory.check_memory(250_001)
 
 
 def test_a_name_that_is_not_utf8_can_be_printed():
     import subprocess
     import sys
 
-    code = "from algpt2.errors import run_script\nrun_script(lambda argv: print('caf\\udce9'))"
+    code = (
+        "from algpt2.system.script import run_script\nrun_script(lambda argv: print('caf\\udce9'))"
+    )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT,
                              env=os.environ | {"PYTHONIOENCODING": "utf-8"})  # fmt: skip
     assert (process.returncode, process.stdout) == (0, b"caf\\udce9\n")

@@ -9,7 +9,7 @@ import pytest
 
 import make_tfrecords
 from algpt2.errors import UserError
-from algpt2.tfrecords import open_rows, read_manifest
+from algpt2.shards.tfrecords import open_rows, read_manifest
 from algpt2.tokenization_algpt2 import load_tokenizer
 
 SCRIPT = Path(make_tfrecords.__file__)

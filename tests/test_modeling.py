@@ -1,5 +1,5 @@
-"""ALGPT2 in PyTorch against transformers' GPT-2, against itself unshared, and as a citizen of
-transformers: cache, checkpointing, tying, weight files."""
+"""ALGPT2 in PyTorch against transformers' GPT-2 and against itself with copied blocks; what
+transformers expects of a model: cache, checkpointing, tying, weight files."""
 
 import copy
 import itertools
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMH
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from algpt2 import ALGPT2Config, ALGPT2LMHeadModel, ALGPT2Model, modeling_algpt2
+from algpt2 import ALGPT2Config, ALGPT2LMHeadModel, ALGPT2Model, kernels_algpt2
 
 pytestmark = pytest.mark.numeric
 
@@ -38,7 +38,7 @@ SHARED = {"embedding_size": 16, "num_hidden_groups": 2}
 
 
 def build(seed: int = 0, **keys: object) -> ALGPT2LMHeadModel:
-    """A small model whose biases, norms and small weights are not at their plain initial values."""
+    """A small model with noise on every parameter."""
     torch.manual_seed(seed)
     return disturb(ALGPT2LMHeadModel(ALGPT2Config(**{**SHAPE, **SHARED, **keys})))
 
@@ -61,12 +61,13 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(
-            found[name], expected[name], rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m, n=name: n + m
-        )
+            actual[name], expected[name], rtol=TOLERANCE, atol=TOLERANCE,
+            msg=lambda message, name=name: f"{name}: {message}",
+        )  # fmt: skip
 
 
 # --- GPT-2 is the special case -------------------------------------------------------------------
@@ -108,8 +109,8 @@ def test_gpt2s_options_are_gpt2s():
 
 def test_gelu_new_is_the_tanh_kernel():
     x = torch.linspace(-8, 8, 2001, dtype=torch.float64)
-    found = build().transformer.h[0].mlp.act(x)
-    torch.testing.assert_close(found, ACT2FN["gelu_new"](x), rtol=1e-12, atol=1e-12)
+    actual = build().transformer.h[0].mlp.act(x)
+    torch.testing.assert_close(actual, ACT2FN["gelu_new"](x), rtol=1e-12, atol=1e-12)
 
 
 # --- sharing -------------------------------------------------------------------------------------
@@ -197,13 +198,13 @@ def test_hidden_states_and_attentions_are_those_of_the_layers():
     outputs = model(x, output_hidden_states=True, output_attentions=True)
     assert [tuple(h.shape) for h in outputs.hidden_states] == [(3, 12, 32)] * 5
     assert [tuple(a.shape) for a in outputs.attentions] == [(3, 4, 12, 12)] * 4
-    again = model.transformer.h[0](
+    recomputed = model.transformer.h[0](
         outputs.hidden_states[0],
-        layer=0,
+        layer_index=0,
         past_key_values=None,
         mask=torch.full((12, 12), -torch.inf).triu(1),
     )
-    torch.testing.assert_close(outputs.hidden_states[1], again)
+    torch.testing.assert_close(outputs.hidden_states[1], recomputed)
     as_tuple = model(x, return_dict=False)
     torch.testing.assert_close(as_tuple[0], outputs.logits)
 
@@ -292,7 +293,7 @@ def losses_and_gradients(model, x, **kwargs):
 @pytest.mark.parametrize("rows", [5, 33, 256], ids=["uneven pieces", "one", "more than all"])
 @pytest.mark.parametrize("keys", [{}, {"embedding_size": 32}], ids=["E < C", "E = C"])
 def test_the_loss_without_logits_is_the_loss(rows, keys, monkeypatch):
-    monkeypatch.setattr(modeling_algpt2, "LOSS_ROWS_CPU", rows)
+    monkeypatch.setattr(kernels_algpt2, "LOSS_ROWS_CPU", rows)
     model, x = build(**keys), ids()
     plain = losses_and_gradients(model, x)
     skipped = losses_and_gradients(model, x, skip_logits=True)
@@ -309,7 +310,7 @@ def test_the_loss_without_logits_scales_its_gradient_and_survives_large_logits()
     weight, labels = torch.randn(11, 8, requires_grad=True), torch.arange(7)
     expected = F.cross_entropy(hidden @ weight.T, labels)
     wanted = torch.autograd.grad(3 * expected, (hidden, weight))
-    loss = modeling_algpt2.head_cross_entropy(hidden, weight, labels)
+    loss = kernels_algpt2.head_cross_entropy(hidden, weight, labels)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(3 * loss, (hidden, weight)), wanted)
 
@@ -317,7 +318,7 @@ def test_the_loss_without_logits_scales_its_gradient_and_survives_large_logits()
 def test_a_second_backward_is_refused_not_wrong():
     weight = torch.randn(11, 8, requires_grad=True)
     hidden = torch.randn(7, 8, requires_grad=True)
-    loss = modeling_algpt2.head_cross_entropy(hidden, weight, torch.arange(7))
+    loss = kernels_algpt2.head_cross_entropy(hidden, weight, torch.arange(7))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -365,21 +366,21 @@ def test_few_rows_on_a_cpu_give_the_same_numbers(threads, shape, monkeypatch):
     bmm = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda *x: calls.append(len(x[0])) or bmm(*x))
     x = ids(batch=shape[0], length=shape[1])
-    expected = model(x).logits  # with a graph: the products of training
+    expected = model(x).logits  # with gradients: the plain products of training
     assert not calls
     with torch.no_grad():
-        found = model(x).logits
-    few = x.numel() <= modeling_algpt2.FEW_ROWS and threads in (2, 48)
-    assert calls == few * 4 * SHAPE["n_layer"] * [min(threads, modeling_algpt2.MAX_PIECES)]
-    assert found.shape == expected.shape and found.is_contiguous()
-    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+        actual = model(x).logits
+    few = x.numel() <= kernels_algpt2.FEW_ROWS and threads in (2, 48)
+    assert calls == few * 4 * SHAPE["n_layer"] * [min(threads, kernels_algpt2.MAX_PIECES)]
+    assert actual.shape == expected.shape and actual.is_contiguous()
+    torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace")
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("way", ["compile", "export", "trace"])
 def test_a_graph_of_few_rows_takes_any_number_of_them(way, grad):
-    model = torch.nn.Sequential(modeling_algpt2.Conv1D(16, 32), build().lm_head)
+    model = torch.nn.Sequential(kernels_algpt2.Conv1D(16, 32), build().lm_head)
     x, any_size = torch.randn(2, 5, 32), {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     with torch.set_grad_enabled(grad):
         if way == "compile":
@@ -394,7 +395,7 @@ def test_a_graph_of_few_rows_takes_any_number_of_them(way, grad):
 
 @torch.no_grad()
 def test_no_rows_have_no_products():
-    assert modeling_algpt2.Conv1D(16, 32)(torch.empty(0, 32)).shape == (0, 16)
+    assert kernels_algpt2.Conv1D(16, 32)(torch.empty(0, 32)).shape == (0, 16)
     assert build().lm_head(torch.empty(0, 16)).shape == (0, VOCAB)
 
 
@@ -415,7 +416,7 @@ def test_gradient_checkpointing_changes_no_number(use_reentrant):
     model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     checkpointed = losses_and_gradients(model, x)
-    assert len(calls) == 8  # four layers forward, and once more backward
+    assert len(calls) == 8  # four layers, forward and again backward
     torch.testing.assert_close(checkpointed[0], plain[0], rtol=0, atol=0)
     assert_equal(checkpointed[1], plain[1])
 
@@ -530,8 +531,8 @@ def test_files_with_the_names_of_the_original_load(unindexed, file, buffers, tmp
     assert_equal(loaded.state_dict(), model.state_dict())
     trunk = ALGPT2Model.from_pretrained(tmp_path)
     assert_equal(trunk.state_dict(), model.transformer.state_dict())
-    loaded.save_pretrained(tmp_path / "again")
-    names = load_file(tmp_path / "again" / "model.safetensors").keys()
+    loaded.save_pretrained(tmp_path / "saved")
+    names = load_file(tmp_path / "saved" / "model.safetensors").keys()
     assert "transformer.h.0.ln_1.weight" in names
 
 
@@ -541,7 +542,7 @@ def test_load_state_dict_takes_the_names_of_the_original(unindexed):
     before = dict(state)
     fresh.load_state_dict(state)
     assert_equal(fresh.state_dict(), model.state_dict())
-    assert state.keys() == before.keys()  # the caller's dictionary is as it was
+    assert state.keys() == before.keys()  # the caller's dictionary is unchanged
     with pytest.raises(RuntimeError, match=r"Missing key.*transformer\.h\.1\."):
         build(num_hidden_groups=2).load_state_dict(state)
 
@@ -560,7 +561,7 @@ def run_python(code: str, **kwargs: object) -> str:
 
 
 def test_the_model_files_travel_in_a_checkpoint_folder(tmp_path, monkeypatch):
-    """`register_for_auto_class` puts them there; without this package the folder is enough."""
+    """`register_for_auto_class` copies them; the folder then loads without this package."""
     monkeypatch.setattr(ALGPT2Config, "_auto_class", None)
     monkeypatch.setattr(ALGPT2LMHeadModel, "_auto_class", None)
     ALGPT2Config.register_for_auto_class()
@@ -576,9 +577,9 @@ assert model.lm_head.weight is model.transformer.wte.weight
 print(model(torch.arange(9)[None]).logits.double().sum().item())
 """
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    found = float(run_python(code, cwd=tmp_path, env=environment))
+    actual = float(run_python(code, cwd=tmp_path, env=environment))
     expected = model(torch.arange(9)[None]).logits.double().sum().item()
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert actual == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_package_names_load_when_used_and_register():

@@ -1,4 +1,4 @@
-"""The Keras model against the PyTorch one: logits, loss, gradients, weight files; its own parts."""
+"""The Keras model against PyTorch's: logits, loss, gradients, weight files; and its parts."""
 
 import json
 import math
@@ -12,13 +12,16 @@ import pytest
 import tensorflow as tf
 from safetensors.numpy import load_file, save_file
 
-from algpt2 import modeling_tf_algpt2
+from algpt2 import kernels_tf_algpt2
 from algpt2.configuration_algpt2 import ALGPT2Config
-from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel, dropout, gelu_new, head_cross_entropy
+from algpt2.kernels_tf_algpt2 import dropout, gelu_new, head_cross_entropy
+from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
 
 pytestmark = pytest.mark.numeric
 
 ROOT = Path(__file__).resolve().parent.parent
+# The Python with PyTorch, where the one that runs the tests has only a TensorFlow for TPUs.
+PYTORCH = os.environ.get("PYTORCH", sys.executable)
 TOLERANCE = 1e-5  # relative to the largest number of an array
 CASES = [
     "albert", "two-groups", "layer-map", "gpt2", "options", "stock", "bare", "sharded", "unindexed",
@@ -30,7 +33,7 @@ def cases(tmp_path_factory):
     """Folders with checkpoints and outputs of PyTorch, made in a process of its own."""
     folder = tmp_path_factory.mktemp("parity")
     subprocess.run(
-        [sys.executable, ROOT / "tests" / "parity_pt.py", folder], check=True, capture_output=True,
+        [PYTORCH, ROOT / "tests" / "parity_pt.py", folder], check=True, capture_output=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     return folder
@@ -58,14 +61,14 @@ def gradients(model, tokens, **kwargs):
     """Loss and gradients by name."""
     with tf.GradientTape() as tape:
         loss = model(tokens[:, :-1], shift_labels=tokens[:, 1:], **kwargs).loss
-    found = tape.gradient(loss, model.trainable_variables)
-    return loss, dict(zip(model.named_parameters(), map(np.asarray, found), strict=True))
+    actual = tape.gradient(loss, model.trainable_variables)
+    return loss, dict(zip(model.named_parameters(), map(np.asarray, actual), strict=True))
 
 
-def assert_close(found, expected, what="", tolerance=TOLERANCE):
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    assert found.shape == expected.shape, what
-    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max(), what
+def assert_close(actual, expected, what="", tolerance=TOLERANCE):
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, what
+    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max(), what
 
 
 # --- PyTorch -------------------------------------------------------------------------------------
@@ -78,11 +81,11 @@ def test_logits_loss_and_gradients_are_pytorchs(cases, case, skip_logits):
     model = TFALGPT2LMHeadModel.from_pretrained(cases / case)
     tokens = tf.constant(expected["ids"])
     assert_close(model(tokens[:, :-1]).logits, expected["logits"])
-    loss, found = gradients(model, tokens, skip_logits=skip_logits)
+    loss, actual = gradients(model, tokens, skip_logits=skip_logits)
     assert_close(loss, expected["loss"])
     names = {n.removeprefix("gradient ") for n in expected.files if n.startswith("gradient ")}
-    assert found.keys() == names
-    for name, gradient in found.items():
+    assert actual.keys() == names
+    for name, gradient in actual.items():
         assert_close(gradient, expected[f"gradient {name}"], name)
 
 
@@ -106,7 +109,7 @@ def test_every_shared_config_has_its_parameters():
     seen = 0
     for path in ROOT.glob("algpt2/*/config.json"):
         config = ALGPT2Config.from_pretrained(path.parent)
-        if config.stored_parameters() < 50e6:  # the others take gigabytes
+        if config.stored_parameters() < 50e6:  # larger models take gigabytes
             assert TFALGPT2LMHeadModel(config).num_parameters() == config.stored_parameters()
             seen += 1
     assert seen >= 9
@@ -144,9 +147,9 @@ def test_no_position_sees_a_later_one():
     model, tokens = build(), ids(batch=1)
     logits = model(tokens).logits
     changed = tf.concat([tokens[:, :7], (tokens[:, 7:] + 1) % 96], 1)
-    found = model(changed).logits
-    assert np.array_equal(found[:, :7], logits[:, :7])
-    assert np.abs(found - logits)[:, 7:].max(-1).min() > 0
+    actual = model(changed).logits
+    assert np.array_equal(actual[:, :7], logits[:, :7])
+    assert np.abs(actual - logits)[:, 7:].max(-1).min() > 0
 
 
 def test_the_cache_has_a_slot_for_each_layer_and_changes_nothing():
@@ -165,8 +168,8 @@ def test_padding_on_the_left_changes_nothing():
     model, tokens = build(), ids(batch=1, length=6)
     padded, mask = tf.pad(tokens, [[0, 0], [4, 0]]), tf.pad(tf.ones((1, 6)), [[0, 0], [4, 0]])
     positions = tf.maximum(tf.cast(tf.cumsum(mask, 1), tf.int32) - 1, 0)
-    found = model(padded, attention_mask=mask, position_ids=positions).logits[:, 4:]
-    assert_close(found, model(tokens).logits)
+    actual = model(padded, attention_mask=mask, position_ids=positions).logits[:, 4:]
+    assert_close(actual, model(tokens).logits)
 
 
 @pytest.mark.parametrize("rows", [5, 33, 256])
@@ -182,25 +185,25 @@ def test_the_loss_in_pieces_is_the_loss_also_weighted_and_scaled(rows):
         logits = tf.einsum("bte,ve->btv", hidden, weight)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
         expected = 3 * tf.reduce_sum(losses * weights)
-        found = 3 * head_cross_entropy(hidden, weight, labels, weights, rows)
+        actual = 3 * head_cross_entropy(hidden, weight, labels, weights, rows)
         mean = head_cross_entropy(hidden, weight, labels, None, rows)
-    assert_close(found, expected)
+    assert_close(actual, expected)
     assert_close(mean, tf.reduce_mean(losses))
     for variable in (hidden, weight):
-        assert_close(tape.gradient(found, variable), tape.gradient(expected, variable))
+        assert_close(tape.gradient(actual, variable), tape.gradient(expected, variable))
 
 
 def test_a_loss_of_many_rows_is_of_no_more_pieces(monkeypatch):
     hidden, weight = tf.random.stateless_normal((40, 8), (0, 1)), tf.ones((11, 8))
-    labels, sizes, piece_loss = np.arange(40) % 11, [], modeling_tf_algpt2._piece_loss
+    labels, sizes, piece_loss = np.arange(40) % 11, [], kernels_tf_algpt2._piece_loss
 
     def counted(logits, *rest):
         sizes.append(logits.shape[0])
         return piece_loss(logits, *rest)
 
-    monkeypatch.setattr(modeling_tf_algpt2, "_piece_loss", counted)
+    monkeypatch.setattr(kernels_tf_algpt2, "_piece_loss", counted)
     many = head_cross_entropy(hidden, weight, labels, None, 3)
-    monkeypatch.setattr(modeling_tf_algpt2, "MAX_PIECES", 3)
+    monkeypatch.setattr(kernels_tf_algpt2, "MAX_PIECES", 3)
     assert_close(head_cross_entropy(hidden, weight, labels, None, 3), many)
     assert sizes == [3] * 13 + [1] + [14, 14, 12]
 
@@ -215,7 +218,7 @@ def test_the_gradients_written_by_hand_are_those_of_tensorflow():
 
     pairs = [
         (gelu_new, lambda x: tf.nn.gelu(x, approximate=True), [x]),
-        (lambda *a: modeling_tf_algpt2.layer_norm(*a, 1e-5), plain_norm, [x, weight, bias]),
+        (lambda *a: kernels_tf_algpt2.layer_norm(*a, 1e-5), plain_norm, [x, weight, bias]),
     ]
     for ours, theirs, variables in pairs:
         with tf.GradientTape(persistent=True) as tape:
@@ -249,19 +252,19 @@ def test_gradient_checkpointing_changes_no_number():
     seed = tf.constant([3, 4])
     plain = gradients(model, tokens, seed=seed)
     model.transformer.gradient_checkpointing = True
-    again = gradients(model, tokens, seed=seed)
-    assert_close(again[0], plain[0], tolerance=1e-6)
+    checkpointed = gradients(model, tokens, seed=seed)
+    assert_close(checkpointed[0], plain[0], tolerance=1e-6)
     for name, gradient in plain[1].items():
-        assert_close(again[1][name], gradient, name, tolerance=1e-6)
+        assert_close(checkpointed[1][name], gradient, name, tolerance=1e-6)
 
 
 def test_mixed_bfloat16_is_close_and_keeps_float32_parameters_and_loss():
     exact, mixed = build(), build(dtype="mixed_bfloat16")
-    expected, found = (gradients(model, ids(), skip_logits=True) for model in (exact, mixed))
-    assert found[0].dtype == tf.float32
-    assert found[0].numpy() != expected[0].numpy()
-    assert_close(found[0], expected[0], tolerance=1e-2)
-    for name, gradient in found[1].items():
+    expected, actual = (gradients(model, ids(), skip_logits=True) for model in (exact, mixed))
+    assert actual[0].dtype == tf.float32
+    assert actual[0].numpy() != expected[0].numpy()
+    assert_close(actual[0], expected[0], tolerance=1e-2)
+    for name, gradient in actual[1].items():
         assert gradient.dtype == np.float32
         a, b = gradient.ravel(), expected[1][name].ravel()
         assert a @ b > 0.98 * math.sqrt((a @ a) * (b @ b)), name

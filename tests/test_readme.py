@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from algpt2.errors import UserError
 from algpt2.options import (
     ExportOptions,
     PackOptions,
@@ -51,27 +50,6 @@ def commands():
 def test_a_command_of_the_documents_is_taken(script, flags):
     arguments = shlex.split(flags.replace("...", ""), comments=True)
     assert parse(OPTIONS[script], arguments)
-
-
-@pytest.mark.parametrize("options", OPTIONS.values())
-def test_help_describes_every_option(options, capsys):
-    with pytest.raises(SystemExit):
-        parse(options, ["--help"])
-    entries = re.split(r"\n  (?=[-[A-Z])", capsys.readouterr().out.replace("│", " "))[1:]
-    entries = [" ".join(entry.split()) for entry in entries]
-    assert len(entries) > 4
-    values = r"(?:[A-Z{}|[\]. ]+|{\S+} )?"
-    assert not [x for x in entries if re.match(rf"(?:--\w+,? )*{values}\((default|required)", x)]
-
-
-@pytest.mark.parametrize(
-    ("options", "flags"),
-    [(PackOptions, ["--save_path="]), (TrainOptions, ["--val_path", "a", ""]),
-     (TokenizerOptions, ["--train_path", ""]), (ExportOptions, ["run", ""])],
-)  # fmt: skip
-def test_an_empty_path_is_not_the_current_folder(options, flags):
-    with pytest.raises(UserError, match="has an empty value: expected a path"):
-        parse(options, flags)
 
 
 def test_the_readme_shows_every_script_and_config():

@@ -90,13 +90,13 @@ def test_all_bytes_are_in_the_vocabulary(trained):
 def test_the_same_text_gives_the_same_files_in_other_processes_with_other_threads(tmp_path):
     code = """
 import sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 from test_tokenization import CODES, make_texts, save, train
-save(train(iter(make_texts()), vocab_size=500, control_codes=CODES), sys.argv[2])
+save(train(iter(make_texts()), vocab_size=500, control_codes=CODES), sys.argv[1])
 """
     for threads in ("1", "3"):
-        environment = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
-        command = [sys.executable, "-c", code, str(ROOT), str(tmp_path / threads)]
+        environment = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads,
+                                    "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}  # fmt: skip
+        command = [sys.executable, "-c", code, str(tmp_path / threads)]
         subprocess.run(command, env=environment, check=True)
     names = sorted(path.name for path in (tmp_path / "1").iterdir())
     assert names == ["merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
@@ -247,9 +247,9 @@ def test_special_tokens_that_a_tokenizer_json_would_add_are_not_added(folder, tm
 
 def test_the_fingerprint_tells_tokenizers_apart(folder, tmp_path):
     save(train(make_texts(seed=9), vocab_size=400, control_codes=CODES), tmp_path / "other")
-    one, other = load_tokenizer(str(folder)), load_tokenizer(str(tmp_path / "other"))
-    assert len(one.fingerprint) == 64 and one.fingerprint != other.fingerprint
-    assert one.fingerprint == load_tokenizer(str(folder)).fingerprint
+    first, second = load_tokenizer(str(folder)), load_tokenizer(str(tmp_path / "other"))
+    assert len(first.fingerprint) == 64 and first.fingerprint != second.fingerprint
+    assert first.fingerprint == load_tokenizer(str(folder)).fingerprint
 
 
 def test_saving_never_replaces_another_tokenizer_unasked(trained, tmp_path):

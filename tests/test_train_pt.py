@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import CHECKPOINT_FILES, RUN_FILES, final_bytes, metrics
 
 import train_pt
 from algpt2.errors import EXIT_STOPPED, UserError
@@ -19,43 +20,11 @@ from algpt2.errors import EXIT_STOPPED, UserError
 ROOT = Path(train_pt.__file__).parent
 
 
-@pytest.fixture
-def flags(corpus, tokenizer_folder, config_folder, tmp_path):
-    """A run of six steps: text in, evaluation and checkpoint at steps 3 and 6."""
-
-    def make(save_dir="run", **changes):
-        options = {
-            "config": config_folder, "tokenizer": tokenizer_folder, "save_dir": tmp_path / save_dir,
-            "train_path": corpus / "train", "val_path": corpus / "valid", "seq_len": 16,
-            "max_steps": 6, "eval_steps": 3, "logging_steps": 1, "lr": 1e-2, "device": "cpu",
-        } | changes  # fmt: skip
-        return [f"--{name}={value}" for name, value in options.items() if value is not None]
-
-    return make
-
-
-def metrics(save_dir, *names):
-    lines = [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
-    return [[line.get(name) for name in names] for line in lines]
-
-
-def final_bytes(save_dir, step=6):
-    folder = save_dir / f"checkpoint-{step:08}"
-    return [(folder / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
-
-
 def test_a_run_leaves_these_files_and_repeating_it_says_done(flags, tmp_path, capsys):
     assert train_pt.main(flags(sample_steps=3, max_length=8)) is None
     run = tmp_path / "run"
-    assert sorted(p.name for p in run.iterdir()) == [
-        ".lock", "checkpoint-00000003", "checkpoint-00000006", "metrics.jsonl", "run.json",
-        "samples.jsonl",
-    ]  # fmt: skip
-    assert sorted(p.name for p in (run / "checkpoint-00000006").iterdir()) == [
-        "README.md", "config.json", "configuration_algpt2.py", "generation_config.json",
-        "merges.txt", "model.safetensors", "modeling_algpt2.py", "optimizer.safetensors",
-        "tokenizer.json", "tokenizer_config.json", "training_state.json", "vocab.json",
-    ]  # fmt: skip
+    assert sorted(p.name for p in run.iterdir()) == RUN_FILES
+    assert sorted(p.name for p in (run / "checkpoint-00000006").iterdir()) == CHECKPOINT_FILES
     assert metrics(run, "step", "tokens") == [[step, step * 64] for step in range(1, 7)]
     assert all(loss and lr is not None for loss, lr in metrics(run, "loss", "lr"))
     evaluated = [step for step, bpb in metrics(run, "step", "val_bpb") if bpb]
@@ -201,7 +170,7 @@ def test_an_environment_that_is_not_torchruns_is_a_user_error(
 def test_shards_of_another_tokenizer_or_length_are_refused(flags, corpus, tmp_path):
     import make_tfrecords
     from algpt2 import tokenization_algpt2
-    from algpt2.corpus import documents
+    from algpt2.corpus.documents import documents
 
     texts = documents(str(corpus / "valid"))
     tokenization_algpt2.save(tokenization_algpt2.train(texts, vocab_size=300), tmp_path / "other")
@@ -233,7 +202,7 @@ def test_a_folder_with_other_files_is_not_written_to(flags, tmp_path):
 
 
 def test_a_full_disk_keeps_what_was_complete(flags, tmp_path, monkeypatch):
-    from algpt2 import training_pt
+    from algpt2.training.trainer_pt import Trainer
 
     train_pt.main(flags(max_minutes=1e-9))
     with monkeypatch.context() as patch:
@@ -241,7 +210,7 @@ def test_a_full_disk_keeps_what_was_complete(flags, tmp_path, monkeypatch):
         def full(*args):
             raise OSError(28, "No space left on device", "optimizer.safetensors")
 
-        patch.setattr(training_pt, "save_file", full)
+        patch.setattr(Trainer, "save_tensors", staticmethod(full))
         with pytest.raises(OSError, match="No space left"):
             train_pt.main(flags())
     assert [p.name for p in sorted((tmp_path / "run").glob("*check*"))] == ["checkpoint-00000001"]
@@ -286,8 +255,8 @@ def test_evaluation_and_samples_of_a_run(flags, corpus, tmp_path, capsys):
 
 def test_sampling_slides_past_the_context(config_folder, tokenizer_folder):
     from algpt2 import ALGPT2Config, ALGPT2LMHeadModel
+    from algpt2.evaluation.sampling_pt import sample_tokens
     from algpt2.options import SampleOptions
-    from algpt2.sampling_pt import sample_tokens
     from algpt2.tokenization_algpt2 import load_tokenizer
 
     torch.manual_seed(0)

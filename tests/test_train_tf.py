@@ -12,47 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import CHECKPOINT_FILES, RUN_FILES, as_flags, final_bytes, metrics
 from safetensors.numpy import load_file
 
 import train_tf
-from algpt2 import report, training_tf
 from algpt2.configuration_algpt2 import ALGPT2Config
 from algpt2.errors import EXIT_STOPPED, UserError
 from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
-from algpt2.packing import pack
+from algpt2.options import PackOptions
+from algpt2.shards.packing import pack
+from algpt2.system import console
 from algpt2.tokenization_algpt2 import load_tokenizer
+from algpt2.training import trainer_tf
 
 ROOT = Path(train_tf.__file__).parent
 STEPS = {"AdamW": 50, "SGD": 12, "Muon": 12, "Adafactor": 12}
-
-
-@pytest.fixture
-def flags(corpus, tokenizer_folder, config_folder, tmp_path):
-    """A run of six steps: text in, evaluation and checkpoint at steps 3 and 6."""
-
-    def make(save_dir="run", **changes):
-        options = {
-            "config": config_folder, "tokenizer": tokenizer_folder, "save_dir": tmp_path / save_dir,
-            "train_path": corpus / "train", "val_path": corpus / "valid", "seq_len": 16,
-            "max_steps": 6, "eval_steps": 3, "logging_steps": 1, "lr": 1e-2, "device": "cpu",
-        } | changes  # fmt: skip
-        return as_flags(options)
-
-    return make
-
-
-def as_flags(options):
-    return [f"--{name}={value}" for name, value in options.items() if value is not None]
-
-
-def metrics(save_dir, *names):
-    lines = [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
-    return [[line.get(name) for name in names] for line in lines]
-
-
-def final_bytes(save_dir, step=6):
-    folder = save_dir / f"checkpoint-{step:08}"
-    return [(folder / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
 
 
 def run_pytorch(code, *arguments):
@@ -149,7 +123,7 @@ import json, sys
 from transformers import AutoModelForCausalLM
 import algpt2
 from algpt2.options import SampleOptions
-from algpt2.sampling_pt import sample_tokens
+from algpt2.evaluation.sampling_pt import sample_tokens
 from algpt2.tokenization_algpt2 import load_tokenizer
 algpt2.register()
 model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval(), load_tokenizer(sys.argv[1])
@@ -160,9 +134,9 @@ open(sys.argv[3], "w").write(json.dumps(found))
 
 @pytest.mark.numeric
 def test_greedy_tokens_are_those_of_pytorch_past_the_context_too(frameworks, tmp_path):
+    from algpt2.evaluation.sampling_tf import sample_tokens
     from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
     from algpt2.options import SampleOptions
-    from algpt2.sampling_tf import sample_tokens
     from algpt2.tokenization_algpt2 import load_tokenizer
 
     folder = frameworks / "pt-AdamW" / "checkpoint-00000050"
@@ -184,15 +158,8 @@ def test_greedy_tokens_are_those_of_pytorch_past_the_context_too(frameworks, tmp
 def test_a_run_leaves_these_files_and_repeating_it_says_done(flags, tmp_path, capsys):
     assert train_tf.main(flags(sample_steps=3, max_length=8)) is None
     run = tmp_path / "run"
-    assert sorted(p.name for p in run.iterdir()) == [
-        ".lock", "checkpoint-00000003", "checkpoint-00000006", "metrics.jsonl", "run.json",
-        "samples.jsonl",
-    ]  # fmt: skip
-    assert sorted(p.name for p in (run / "checkpoint-00000006").iterdir()) == [
-        "README.md", "config.json", "configuration_algpt2.py", "generation_config.json",
-        "merges.txt", "model.safetensors", "modeling_algpt2.py", "optimizer.safetensors",
-        "tokenizer.json", "tokenizer_config.json", "training_state.json", "vocab.json",
-    ]  # fmt: skip
+    assert sorted(p.name for p in run.iterdir()) == RUN_FILES
+    assert sorted(p.name for p in (run / "checkpoint-00000006").iterdir()) == CHECKPOINT_FILES
     assert metrics(run, "step", "tokens") == [[step, step * 64] for step in range(1, 7)]
     assert [step for step, bpb in metrics(run, "step", "val_bpb") if bpb] == [3, 6]
     before = final_bytes(run)
@@ -250,22 +217,23 @@ def test_shards_of_longer_rows_than_the_model_are_not_evaluated(
     frameworks, corpus, tokenizer_folder, tmp_path
 ):
     tokenizer = load_tokenizer(str(tokenizer_folder))
-    pack(str(corpus / "valid"), tokenizer, tmp_path / "long", seq_len=64, workers=1)
+    paths = (str(corpus / "valid"),), str(tmp_path / "long")
+    pack(PackOptions(*paths, seq_len=64, workers=1), tokenizer)
     run = f"--checkpoint={frameworks / 'pt-AdamW'}"
     with pytest.raises(UserError, match="rows of 64 tokens do not fit the model's 32 positions"):
         train_tf.main(["--eval_only", run, f"--val_path={tmp_path / 'long'}", "--device=cpu"])
 
 
 def test_one_sample_is_printed_as_it_comes(frameworks, monkeypatch, capsys):
-    pieces, write = [], report.write
-    monkeypatch.setattr(report, "write", lambda piece: (pieces.append(piece), write(piece)))
+    pieces, write = [], console.write
+    monkeypatch.setattr(console, "write", lambda piece: (pieces.append(piece), write(piece)))
     common = [f"--checkpoint={frameworks / 'pt-AdamW'}", "--device=cpu", "--sample_only"]
     train_tf.main([*common, "--prompt=the", "--n_samples=1", "--max_length=50"])
     printed = capsys.readouterr().out
     assert len(pieces) > 20
     assert f"--- sample 1 of 1\n{''.join(pieces)}\n" in printed
     # The first of two that draw alike, and not while it comes.
-    monkeypatch.setattr(report, "write", None)
+    monkeypatch.setattr(console, "write", None)
     train_tf.main([*common, "--prompt=the", "--n_samples=2", "--max_length=50", "--no_do_sample"])
     texts = capsys.readouterr().out.split("--- sample ")[1:]
     assert texts[0][6:].strip() == texts[1][6:].strip()
@@ -320,7 +288,7 @@ def test_new_rows_are_the_mean_of_the_old(config_folder, tied):
     config = ALGPT2Config.from_pretrained(config_folder, tie_word_embeddings=tied)
     model = TFALGPT2LMHeadModel(config, seed=1)
     old = model.state_dict()
-    larger = training_tf.add_embeddings(model, 302, "float32")
+    larger = trainer_tf.add_embeddings(model, 302, "float32")
     assert larger.config.vocab_size == 302 and (larger.lm_head is None) is tied
     for name, value in larger.state_dict().items():
         assert np.array_equal(value[: len(old[name])], old[name])

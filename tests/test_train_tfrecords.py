@@ -16,21 +16,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers import as_flags, final_bytes, metrics
 
 import make_tfrecords
 import train_tf
 import train_tfrecords
-from algpt2 import tpu
 from algpt2.errors import EXIT_STOPPED, UserError, run_script
-from algpt2.input_tf import FileRows, ShardInputs, check_shards, find_shards, host_rows, parse_rows
 from algpt2.options import OptimOptions, TFTrainOptions
-from algpt2.tfrecords import open_rows, record_dtype
-from algpt2.training_tf import Processes
+from algpt2.shards.inputs_tf import (
+    FileRows,
+    ShardInputs,
+    check_shards,
+    find_shards,
+    host_rows,
+    parse_rows,
+)
+from algpt2.shards.tfrecords import open_rows, record_dtype
+from algpt2.system import strategy_tf
+from algpt2.system.processes_tf import Processes
 
 ROOT = Path(train_tfrecords.__file__).parent
 FORKSERVER = multiprocessing.get_context("forkserver")
-PRELOADED = ["train_tfrecords", "algpt2.configuration_algpt2", "algpt2.input_tf",
-             "algpt2.training_tf"]  # fmt: skip
+PRELOADED = ["train_tfrecords", "algpt2.configuration_algpt2", "algpt2.shards.inputs_tf",
+             "algpt2.training.trainer_tf"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +75,9 @@ def flags(packed, tmp_path):
             "warmup_steps": 2, "max_steps": 6, "save_batches": 3, "log_batches": 1,
             "device": "cpu", "save_dir": tmp_path / save_dir,
         } | changes  # fmt: skip
-        return [f"--{name}={value}" for name, value in options.items() if value is not None]
+        return as_flags(options)
 
     return make
-
-
-def metrics(save_dir, *names):
-    lines = [json.loads(line) for line in (save_dir / "metrics.jsonl").read_text().splitlines()]
-    return [[line.get(name) for name in names] for line in lines]
-
-
-def final_bytes(save_dir, step=6):
-    folder = save_dir / f"checkpoint-{step:08}"
-    return [(folder / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
 
 
 # --- the order of the rows -----------------------------------------------------------------------
@@ -177,7 +175,7 @@ def test_patterns_and_manifests_that_do_not_fit_are_named(copied):
     refuse("matches no file", f"{copied}/0.tfrecord", f"{copied}/9.tfrecord")
     refuse(r"left out \['1.tfrecord'", f"{copied}/0.tfrecord")
     (copied / "more.tfrecord").write_bytes(b"")
-    refuse(r"not in it \['more.tfrecord'\]", f"{copied}/*.tfrecord")
+    refuse(r"not listed \['more.tfrecord'\]", f"{copied}/*.tfrecord")
     with (copied / "2.tfrecord").open("ab") as file:
         file.write(b"more")
     refuse(r"2\.tfrecord is damaged: it has \d+ bytes")
@@ -279,9 +277,9 @@ class Resolver:
     ("name", "message"),
     [
         ("nowhere", "Cloud TPU API is not available.*Name or service not known.*--tpu none"),
-        ("other", "not to be found.*'nodes/other' was not found.*gcloud compute tpus tpu-vm list"),
+        ("other", "not found.*'nodes/other' was not found.*gcloud compute tpus tpu-vm list"),
         ("broken", "still REPAIRING, health UNHEALTHY_TENSORFLOW after 0 minutes"),
-        ("gone", "PREEMPTED and will not come back.*make it anew"),
+        ("gone", "PREEMPTED and will not come back.*create it again"),
         ("mine", r"worker localhost:\d+ does not answer \(Connection refused\)"),
         ("local", "--tpu local cannot be initialized.*TPU host"),
     ],
@@ -290,8 +288,8 @@ def test_a_tpu_that_cannot_be_used_is_one_sentence(monkeypatch, flags, name, mes
     import cloud_tpu_client
 
     monkeypatch.setattr(cloud_tpu_client, "Client", Client)
-    monkeypatch.setattr(tpu, "HEALTHY_SECONDS", 0.02)
-    monkeypatch.setattr(tpu, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(strategy_tf, "HEALTHY_SECONDS", 0.02)
+    monkeypatch.setattr(strategy_tf, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(tf.distribute.cluster_resolver, "TPUClusterResolver", Resolver)
     with pytest.raises(UserError, match=message):
         train_tfrecords.main(flags(tpu=name))
@@ -301,8 +299,8 @@ def test_a_pod_that_is_being_made_is_waited_for(monkeypatch, capsys):
     import cloud_tpu_client
 
     monkeypatch.setattr(cloud_tpu_client, "Client", Client)
-    monkeypatch.setattr(tpu, "POLL_SECONDS", 0)
-    tpu.wait_until_healthy("slow")
+    monkeypatch.setattr(strategy_tf, "POLL_SECONDS", 0)
+    strategy_tf.wait_until_healthy("slow")
     assert capsys.readouterr().out.count("TPU slow is CREATING: waiting for READY") == 1
 
 
@@ -456,9 +454,9 @@ def test_a_worker_that_waits_for_another_says_so_and_can_be_stopped(monkeypatch)
     ports = free_ports(2)
     worker_of(monkeypatch, 1, ports)
     code = """
-from algpt2 import errors, tpu
-tpu.PATIENCE_SECONDS = 0
-errors.run_script(lambda _: tpu.meet_workers())
+from algpt2.system import script, strategy_tf
+strategy_tf.PATIENCE_SECONDS = 0
+script.run_script(lambda _: strategy_tf.meet_workers())
 """
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True
@@ -474,7 +472,7 @@ def test_workers_meet_and_leave_their_ports_free(monkeypatch):
     ports = free_ports(2)
     worker_of(monkeypatch, 0, ports)
     with socket.create_server(("", ports[1])):
-        tpu.meet_workers()
+        strategy_tf.meet_workers()
     socket.create_server(("", ports[0])).close()
     worker_of(monkeypatch, 1, [*ports, "nowhere"])
     with (
@@ -482,7 +480,7 @@ def test_workers_meet_and_leave_their_ports_free(monkeypatch):
         pytest.raises(UserError, match="cannot listen"),
     ):
         server.listen()
-        tpu.meet_workers()
+        strategy_tf.meet_workers()
 
 
 def test_an_error_of_process_0_is_every_workers(start_workers, flags, tmp_path):

@@ -10,8 +10,8 @@ import pytest
 from test_tokenization import make_texts
 
 import train_tokenizer
-from algpt2 import docstrings
-from algpt2.corpus import hash_fraction
+from algpt2.corpus import docstrings
+from algpt2.corpus.docstrings import hash_fraction
 from algpt2.errors import UserError
 from algpt2.tokenization_algpt2 import load_tokenizer
 

@@ -1,0 +1,1 @@
+"""Documents from anywhere: folders, archives, tables, hubs."""

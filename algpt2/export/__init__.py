@@ -1,0 +1,1 @@
+"""Checkpoints out into the world: model cards, stock GPT-2."""

@@ -1,0 +1,99 @@
+"""Checkpoint folders in and out of `convert.py`: export as stock GPT-2, start from one."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.numpy import save_file
+from transformers import GenerationConfig, GPT2Config
+from transformers.utils import SAFE_WEIGHTS_NAME as WEIGHTS_FILE
+
+from ..configuration_algpt2 import ALGPT2Config
+from ..errors import UserError, describe
+from ..modeling_algpt2 import ALGPT2LMHeadModel
+from ..runs.checkpoints import STATE_FILE, find_checkpoint
+from ..system.console import log
+from ..system.memory import check_memory
+from ..tokenization_algpt2 import load_tokenizer
+from .convert import Tensors, check_start, gpt2_config, gpt2_tensors, start_tensors
+from .model_card import limit_tokenizer
+
+
+def load_as_gpt2(source: str) -> tuple[GPT2Config, Tensors]:
+    """Configuration and weights of the stock GPT-2 that equals an ALGPT2 or GPT-2 checkpoint.
+
+    Args:
+        source: folder of a checkpoint, verified by the caller, or a name on the hub.
+    Raises:
+        UserError: `source` is not there, damaged, or of another model.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = ALGPT2Config.from_pretrained(source)
+        check_memory(config.stored_parameters())
+        model, loading = ALGPT2LMHeadModel.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        if missing := sorted(loading["missing_keys"]):
+            raise UserError(f"the weights in {source} lack {missing[0]} ({len(missing)} in all)")
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can make transformers raise anything
+        place = "" if Path(source).exists() else "no such folder, and from the hub: "
+        reason = place + describe(error)[:500]
+        raise UserError(f"cannot load an ALGPT2 or GPT-2 from {source}: {reason}") from error
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    return GPT2Config(**gpt2_config(model.config)), gpt2_tensors(model.config, tensors)
+
+
+def export_gpt2(checkpoint: str, out: Path, *, overwrite: bool = False) -> GPT2Config:
+    """Write an ALGPT2 as a stock GPT-2: configuration, weights and tokenizer, all or nothing.
+
+    Raises:
+        UserError: `checkpoint` holds no ALGPT2, `out` is a checkpoint of a run, or `out` is not
+            empty (unless `overwrite`).
+        OSError: there is no space or no permission.
+    """
+    if (out / STATE_FILE).exists() or (out.exists() and not out.is_dir()):
+        raise UserError(f"{out} is a checkpoint of a run or a file: expected a folder of its own")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise UserError(f"{out} is not empty: choose another folder, or --overwrite its files")
+    source = find_checkpoint(Path(checkpoint), log) if Path(checkpoint).exists() else checkpoint
+    config, tensors = load_as_gpt2(str(source))
+    tokenizer = load_tokenizer(str(source))
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        config.save_pretrained(partial)
+        GenerationConfig.from_model_config(config).save_pretrained(partial)
+        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        # safetensors lets only the owner read the file; an export is for everyone.
+        (partial / WEIGHTS_FILE).chmod((partial / "config.json").stat().st_mode)
+        tokenizer.save(partial)
+        limit_tokenizer(partial)
+        out.mkdir(parents=True, exist_ok=True)
+        for path in partial.iterdir():
+            path.replace(out / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return config
+
+
+def start_model(model: Any, source: str, blocks: Sequence[str]) -> None:
+    """Give an ALGPT2 the first weights of `--init_from`; see `start_tensors`.
+
+    Raises:
+        UserError: `model` is not an ALGPT2, or `source` and `model` do not fit together.
+    """
+    if not isinstance(model, ALGPT2LMHeadModel):
+        raise UserError("--init_from starts an ALGPT2: expected a --config of this family")
+    config, tensors = load_as_gpt2(source)
+    check_start(config, model.config)
+    start = start_tensors(config, tensors, model.config, blocks)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(start[name]))

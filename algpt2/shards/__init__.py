@@ -1,0 +1,1 @@
+"""Documents to packed shards, shards to the rows of a step."""

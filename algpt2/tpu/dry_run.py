@@ -1,0 +1,325 @@
+"""The dry run: what a TPU slice would make of a training step, asked of its compiler, without it.
+
+`train_tfrecords.py --dry_run v3-128` lowers its step to HLO (dry_run_tf.py). libtpu compiles the
+HLO for the slice in a process of its own (tpu_compiler.py). This module knows the slices, judges
+the compiler's answer and prints it. A program is that of one core, all-reduce over the slice
+included.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import UserError
+from ..options import TFRecordOptions
+from ..system.console import log
+
+GIB = 2**30
+REQUIREMENTS = "requirements-dry-run.txt"
+MAX_ROWS = 1024  # per core: where --find_batch stops asking
+
+# Chips of a slice by the number in its name: a torus of two dimensions, or of three.
+_TORUS_CORES = {
+    8: "2x2", 32: "4x4", 64: "4x8", 128: "8x8", 256: "8x16", 512: "16x16", 1024: "16x32",
+    2048: "32x32",
+}  # fmt: skip
+_CUBE_CORES = {
+    8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8",
+    1024: "8x8x8", 2048: "8x8x16", 4096: "8x16x16",
+}  # fmt: skip
+_TORUS_CHIPS = {
+    1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A TPU slice as libtpu knows it. A core runs one replica; from v4 on it is a whole chip."""
+
+    name: str  # as gcloud calls it: v3-128, v5litepod-16
+    topology: str  # as libtpu calls it: v3:8x8
+    n_cores: int  # replicas
+    hbm_gib: int  # of one core
+    chip_config: str = ""  # v4: two cores of a chip as one
+
+    def rows_per_core(self, batch_size: int) -> int:
+        """Rows that each core gets of a batch.
+
+        Raises:
+            UserError: the batch is no multiple of the cores.
+        """
+        if batch_size % self.n_cores:
+            raise UserError(
+                f"--batch_size {batch_size} is the batch of all cores: expected a multiple of the "
+                f"{self.n_cores} of {self.name}"
+            )
+        return batch_size // self.n_cores
+
+
+# generation: (HBM of a replica in GiB, cores of the name in a replica, sizes, largest,
+# chip_config); HBM from cloud.google.com/tpu/docs/v2 ... v6e
+_GENERATIONS: dict[str, tuple[int, int, dict[int, str], int, str]] = {
+    "v2": (8, 1, _TORUS_CORES, 512, ""),
+    "v3": (16, 1, _TORUS_CORES, 2048, ""),
+    "v4": (32, 2, _CUBE_CORES, 4096, "megacore"),
+    "v5e": (16, 1, _TORUS_CHIPS, 256, ""),
+    "v5p": (95, 2, _CUBE_CORES, 4096, ""),
+    "v6e": (32, 1, _TORUS_CHIPS, 256, ""),
+}
+
+
+def parse_slice(name: str) -> Slice:
+    """Look up a slice by name: v2-8, v3-128, v4-32, v5e-16 (or v5litepod-16), v5p-8, v6e-256.
+
+    Raises:
+        UserError: no slice has that name.
+    """
+    generation, _, size = name.replace("v5litepod-", "v5e-").partition("-")
+    if generation not in _GENERATIONS:
+        raise UserError(
+            f"--dry_run {name}: expected a TPU slice such as v2-8, v3-128, v4-32, v5e-16, v5p-8 or "
+            f"v6e-16 (generations: {', '.join(_GENERATIONS)})"
+        )
+    hbm_gib, per_replica, shapes, largest, chip_config = _GENERATIONS[generation]
+    sizes = [n for n in shapes if n <= largest]
+    if size not in map(str, sizes):
+        raise UserError(
+            f"--dry_run {name}: no such size; expected one of "
+            f"{', '.join(f'{generation}-{n}' for n in sizes)}"
+        )
+    gcloud_name = f"v5litepod-{size}" if generation == "v5e" else name
+    n_cores = int(size) // per_replica
+    return Slice(gcloud_name, f"{generation}:{shapes[int(size)]}", n_cores, hbm_gib, chip_config)
+
+
+def check_command(flags: TFRecordOptions) -> Slice:
+    """Return the slice of `--dry_run`, or say what is wrong before TensorFlow is imported.
+
+    Raises:
+        UserError: no such slice, a batch that its cores do not divide, or no TPU compiler.
+    """
+    tpu = parse_slice(str(flags.dry_run))
+    if not flags.find_batch:
+        tpu.rows_per_core(flags.optim.batch_size)
+    check_requirements()
+    return tpu
+
+
+def check_requirements() -> None:
+    """`UserError` unless the TPU compiler is installed."""
+    missing = [name for name in ("jax", "libtpu") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--dry_run needs {' and '.join(missing)}, the TPU compiler: "
+            f"pip install -r {REQUIREMENTS}"
+        )
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says about the program of one core."""
+
+    argument_bytes: int  # weights, optimizer state, tokens
+    temp_bytes: int  # activations, gradients
+    output_bytes: int
+    alias_bytes: int  # outputs that are written over arguments
+    code_bytes: int
+    flops: float
+    seconds: float  # to compile
+
+    @property
+    def total_bytes(self) -> int:
+        """HBM that one core needs."""
+        outputs = self.output_bytes - self.alias_bytes
+        return self.argument_bytes + self.temp_bytes + outputs + self.code_bytes
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """The answer about a program that does not fit a core."""
+
+    needed: str = ""  # "24.38 GiB", if the compiler says it
+    available: str = ""
+
+    def __str__(self) -> str:
+        if not self.needed:
+            return "more HBM than a core has"
+        return f"{self.needed} of HBM, a core has {self.available} for it"
+
+
+def compile_program(program: bytes, tpu: Slice) -> Compiled | TooLarge:
+    """Compile a serialized HLO module for every core of a slice, with libtpu in another process.
+
+    Raises:
+        UserError: the compiler died or refused for a reason other than memory.
+    """
+    with tempfile.TemporaryDirectory(prefix="algpt2-dry-run-") as folder:
+        paths = {name: Path(folder, name) for name in ("program", "answer", "request")}
+        paths["program"].write_bytes(program)
+        request = {
+            "topology": tpu.topology, "chip_config": tpu.chip_config, "n_devices": tpu.n_cores,
+            "accelerator_type": tpu.name, "program": str(paths["program"]),
+            "answer": str(paths["answer"]),
+        }  # fmt: skip
+        paths["request"].write_text(json.dumps(request), encoding="utf-8")
+        root = str(Path(__file__).resolve().parents[2])
+        python_path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        process = subprocess.run(
+            [sys.executable, "-m", "algpt2.tpu.tpu_compiler", str(paths["request"])],
+            env=os.environ | {"PYTHONPATH": python_path}, check=False,
+            capture_output=True, text=True, errors="replace",
+        )  # fmt: skip
+        try:
+            answer = json.loads(paths["answer"].read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # it died before or while it wrote
+            answer = None
+    if answer is not None:
+        return read_answer(answer)
+    last = (process.stderr.strip().splitlines() or ["no message"])[-1]
+    raise UserError(
+        f"the TPU compiler ended with code {process.returncode} and no answer ({last[:200]}): "
+        f"expected the versions of {REQUIREMENTS} on x86 Linux, and memory to compile in"
+    )
+
+
+def read_answer(answer: dict[str, Any]) -> Compiled | TooLarge:
+    """Turn the answer of tpu_compiler.py into a result.
+
+    Raises:
+        UserError: the compiler failed for a reason other than too little HBM.
+    """
+    if "error" not in answer:
+        return Compiled(**answer)
+    message = str(answer["error"])
+    if "RESOURCE_EXHAUSTED" not in message:
+        raise UserError(f"the TPU compiler refuses the program: {message[:400]}")
+    size = r"([\d.]+[KMGT])"
+    found = re.search(rf"\({size}\) exceeds available HBM \({size}\)", message) or re.search(
+        rf"Used {size} of {size} hbm", message
+    )
+    sizes = found.groups() if found else ()
+    return TooLarge(*(f"{size[:-1]} {size[-1]}iB" for size in sizes))
+
+
+class Program(Protocol):
+    """A training step that can be lowered for any batch: dry_run_tf.StepProgram."""
+
+    def lower(self, rows_per_core: int) -> bytes:
+        """The serialized HLO module of one core."""
+
+
+@dataclass
+class DryRun:
+    """One training step on one slice, compiled for any number of batches."""
+
+    tpu: Slice
+    program: Program
+    seq_len: int  # tokens of a row
+    flops_per_row: int  # closed form, one row forward and backward
+    compiler: Callable[[bytes, Slice], Compiled | TooLarge] = compile_program
+
+    def compile(self, rows: int) -> Compiled | TooLarge:
+        """The step with `rows` rows per core and forward pass."""
+        answer = self.compiler(self.program.lower(rows), self.tpu)
+        hbm_bytes = self.tpu.hbm_gib * GIB
+        if isinstance(answer, Compiled) and answer.total_bytes > hbm_bytes:
+            return TooLarge(f"{answer.total_bytes / GIB:.2f} GiB", f"{self.tpu.hbm_gib} GiB")
+        return answer
+
+    def describe(self, rows: int, compiled: Compiled) -> str:
+        """The lines about a batch that fits."""
+        tpu, expected = self.tpu, rows * self.flops_per_row
+        total, hbm_bytes = compiled.total_bytes, tpu.hbm_gib * GIB
+        lines = [
+            f"{tpu.name}: {tpu.n_cores} cores ({tpu.topology}), {rows} rows of {self.seq_len:,} "
+            f"tokens per core, --batch_size {rows * tpu.n_cores}",
+            f"HBM arguments   {compiled.argument_bytes / GIB:8.3f} GiB per core: weights, "
+            "optimizer state, tokens",
+            f"HBM temporaries {compiled.temp_bytes / GIB:8.3f} GiB: activations, gradients",
+            f"HBM total       {total / GIB:8.3f} GiB of {tpu.hbm_gib} GiB "
+            f"({total / hbm_bytes:.0%}), {compiled.code_bytes / GIB:.3f} of it code",
+            f"FLOPs of a pass {compiled.flops / 1e12:8.3f} TFLOP per core, closed form "
+            f"{expected / 1e12:.3f}, ratio {compiled.flops / expected:.3f}",
+            f"compile time    {compiled.seconds:8.1f} s",
+        ]
+        return "\n".join(lines)
+
+    def check(self, rows: int) -> Compiled:
+        """Compile and print the step of one batch.
+
+        Raises:
+            UserError: it does not fit.
+        """
+        answer = self.compile(rows)
+        if isinstance(answer, TooLarge):
+            raise UserError(self.too_large(rows, answer))
+        log(self.describe(rows, answer))
+        return answer
+
+    def find_batch(self) -> tuple[int, Compiled]:
+        """Find the largest rows per core that fit, to an eighth; print and return the program.
+
+        Memory is nearly linear in the rows, so two programs tell roughly where the limit is.
+
+        Raises:
+            UserError: a single row does not fit.
+        """
+        fits: dict[int, Compiled] = {}
+        rows, too_many = 1, MAX_ROWS + 1
+        while rows < too_many:
+            answer = self.compile(rows)
+            if isinstance(answer, TooLarge):
+                log(f"{rows} rows per core: too large, {answer}")
+                if rows == 1:
+                    raise UserError(self.too_large(rows, answer))
+                too_many = rows
+            else:
+                ratio = answer.flops / (rows * self.flops_per_row)
+                gib = answer.total_bytes / GIB
+                log(f"{rows} rows per core: {gib:.2f} GiB, {ratio:.3f} of the closed form's FLOPs")
+                fits[rows] = answer
+            totals = {n: compiled.total_bytes for n, compiled in fits.items()}
+            rows = next_rows(totals, too_many, self.tpu.hbm_gib * GIB)
+        best = max(fits)
+        log(self.describe(best, fits[best]))
+        return best, fits[best]
+
+    def too_large(self, rows: int, answer: TooLarge) -> str:
+        """The message for a batch that does not fit: what it needs and what to do."""
+        advice = "--gradient_checkpointing or a smaller model"
+        if rows > 1:
+            advice = "a smaller --batch_size with more --grad_steps, or --gradient_checkpointing"
+        return (
+            f"{rows} rows per core do not fit {self.tpu.name}: the step needs {answer}; "
+            f"use {advice}"
+        )
+
+
+def next_rows(fits: dict[int, int], too_many: int, hbm_bytes: int) -> int:
+    """Choose the rows to try next; `too_many` if the largest fit is known to an eighth.
+
+    Args:
+        fits: rows of each batch that fits, and its bytes.
+        too_many: the smallest number of rows that does not fit, MAX_ROWS + 1 while none is known.
+    """
+    most = max(fits)
+    step = max(1, most // 8)
+    if too_many - most <= step:
+        return too_many
+    if too_many <= MAX_ROWS:
+        return (most + too_many) // 2
+    least = min(fits)
+    if least == most:
+        return 2 * most
+    # Slope over the whole range: near the limit XLA recomputes, and more rows may take less.
+    slope = max(1.0, (fits[most] - fits[least]) / (most - least))
+    guess = most + int((hbm_bytes - fits[most]) / slope)
+    return min(max(most + step, guess), MAX_ROWS)

@@ -1,0 +1,1 @@
+"""The trainer: one loop, one step for each framework."""

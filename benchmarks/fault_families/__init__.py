@@ -1,0 +1,1 @@
+"""The faults that benchmarks/faults.py injects, a module for each kind."""
