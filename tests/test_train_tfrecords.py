@@ -21,7 +21,7 @@ from helpers import as_flags, final_bytes, metrics
 import make_tfrecords
 import train_tf
 import train_tfrecords
-from algpt2.errors import EXIT_STOPPED, UserError, run_script
+from algpt2.errors import EXIT_STOPPED, UserError
 from algpt2.options import OptimOptions, TFTrainOptions
 from algpt2.shards.inputs_tf import (
     FileRows,
@@ -34,6 +34,7 @@ from algpt2.shards.inputs_tf import (
 from algpt2.shards.tfrecords import open_rows, record_dtype
 from algpt2.system import strategy_tf
 from algpt2.system.processes_tf import Processes
+from algpt2.system.script import run_script
 
 ROOT = Path(train_tfrecords.__file__).parent
 FORKSERVER = multiprocessing.get_context("forkserver")
