@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import UserError
 from ..options import ModelOptions, OptimOptions, TrainOptions, changed_options
-from ..shards.tfrecords import Manifest
+from ..shards.tfrecords import PackedRows
 from ..system.console import is_main_process, log
 from ..system.files import locked, read_record, remove
 from ..system.remote import is_remote, local_folder
@@ -40,15 +40,6 @@ NOT_OF_THE_RUN = {  # options that may change between two starts of the same run
 }  # fmt: skip
 
 
-class Rows(Protocol):
-    """Packed rows, wherever they lie."""
-
-    manifest: Manifest
-
-    def probe(self) -> str:
-        """A hash of each shard's first and last record as they are on disk now."""
-
-
 @dataclass
 class Run:
     """A run whose folder this process holds; `Run.open` opens it."""
@@ -61,8 +52,9 @@ class Run:
     @staticmethod
     @contextlib.contextmanager
     def open(
-        options: TrainOptions, train: Rows, val: Rows, processes: Any, n_rows: int | None = None
-    ) -> Iterator["Run"]:
+        options: TrainOptions, train: PackedRows, val: PackedRows, processes: Any,
+        n_rows: int | None = None,
+    ) -> Iterator["Run"]:  # fmt: skip
         """Hold the folder of `--save_dir`; continue the run in it, or begin one.
 
         A run at a URL is downloaded into the cache first, and uploaded again if the body fails.
@@ -244,7 +236,7 @@ def _remove_run(save_dir: Path) -> None:
 
 
 def describe_run(
-    options: TrainOptions, train: Rows, val: Rows, n_rows: int | None = None
+    options: TrainOptions, train: PackedRows, val: PackedRows, n_rows: int | None = None
 ) -> dict[str, Any]:
     """run.json: every option, what follows from them, and what it ran on.
 

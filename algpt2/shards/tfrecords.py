@@ -354,8 +354,10 @@ class PackedRows:
     copies in the stored dtype. Each record that is read is checked: `UserError` if it is damaged.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path | str, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
+        self.files = [f"{folder}/{shard.file}" for shard in manifest.shards]
+        self.record = record_dtype(manifest.seq_len, manifest.dtype)
         self._records = functools.lru_cache(OPEN_SHARDS)(self._map)
 
     def __len__(self) -> int:
@@ -383,23 +385,26 @@ class PackedRows:
         """
         digest = hashlib.sha256()
         for shard_id, shard in enumerate(self.manifest.shards):
-            digest.update(self._read(shard_id, np.array([0, shard.rows - 1])).tobytes())
+            digest.update(self.read_few(shard_id, np.array([0, shard.rows - 1])).tobytes())
         return digest.hexdigest()
 
+    def read_few(self, shard_id: int, places: np.ndarray) -> np.ndarray:
+        """The tokens (n, seq_len + 1) of a few records of a shard."""
+        return self._read(shard_id, places)
+
     def _read(self, shard_id: int, places: np.ndarray) -> np.ndarray:
-        """The tokens (n, seq_len + 1) of some records of a shard."""
-        records = np.atleast_1d(self._records(shard_id)[places])
+        return self._checked(shard_id, places, np.atleast_1d(self._records(shard_id)[places]))
+
+    def _checked(self, shard_id: int, places: np.ndarray, records: np.ndarray) -> np.ndarray:
+        """The tokens (n, seq_len + 1) of the records at some places of a shard."""
         bad = damaged_records(records, self.manifest.vocab_size)
         if bad.any():
-            path = self.folder / self.manifest.shards[shard_id].file
-            row = int(np.atleast_1d(places)[bad.argmax()])
+            path, row = self.files[shard_id], int(np.atleast_1d(places)[bad.argmax()])
             raise UserError(f"{path}: row {row} is corrupt; copy the shard again, or pack it again")
         return records["tokens"]
 
     def _map(self, shard_id: int) -> np.ndarray:
-        path = self.folder / self.manifest.shards[shard_id].file
-        dtype = record_dtype(self.manifest.seq_len, self.manifest.dtype)
-        return np.memmap(path, dtype, mode="r")
+        return np.memmap(self.files[shard_id], self.record, mode="r")
 
 
 def damaged_records(records: np.ndarray, vocab_size: int) -> np.ndarray:
