@@ -145,11 +145,7 @@ class Trainer:
 
     def lr_factor(self, step: int) -> float:
         """Learning rate of `step` (from 0) over the peak."""
-        optim = self.options.optim
-        return lr_factor(
-            step, schedule=optim.lr_schedule, n_steps=self.n_steps, warmup_steps=optim.warmup_steps,
-            min_lr_ratio=optim.min_lr_ratio, decay_ratio=optim.decay_ratio,
-        )  # fmt: skip
+        return lr_factor(step, self.options.optim, self.n_steps)
 
     def hint(self) -> Hint:
         """What to say if the coming step is bad."""
