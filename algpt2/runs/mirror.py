@@ -33,6 +33,7 @@ from .checkpoints import (
     newest_checkpoint,
     outdated_steps,
     read_checkpoint,
+    step_of,
 )
 
 FILES = (RUN_FILE, *LINE_FILES)  # of a run, beside its checkpoints
@@ -164,7 +165,7 @@ def _copy(folder: Path, home: RemotePath, report: ReportOptions, step: int) -> N
         raise OSError(f"{home} has been taken by another run: nothing is copied there")
     lacking = [
         path for path in checkpoint_folders(folder)
-        if _step(path.name) <= step and is_plain_file(path / STATE_FILE)
+        if step_of(path.name) <= step and is_plain_file(path / STATE_FILE)
         and not _is_copy(path, home / path.name)
     ]  # fmt: skip
     # First, as it makes the folder known as a run's; and a checkpoint that counts has its lines.
@@ -187,8 +188,8 @@ def _prune(home: RemotePath, report: ReportOptions, step: int) -> None:
     outdated = outdated_steps(complete, report.keep_last, report.milestone_steps)
     folders = {name.partition("/")[0] for name in files}
     for name in filter(is_checkpoint_name, folders if complete else ()):
-        is_rest = _step(name) < complete[-1] and _step(name) not in complete
-        if is_rest or _step(name) in outdated:
+        is_rest = step_of(name) < complete[-1] and step_of(name) not in complete
+        if is_rest or step_of(name) in outdated:
             _remove(home, [file for file in files if file.startswith(f"{name}/")])
 
 
@@ -266,13 +267,9 @@ def _complete_steps(files: dict[str, int]) -> list[int]:
     """Steps of the checkpoints that have a marker, in order."""
     folders = [name.partition("/") for name in files]
     return sorted(
-        _step(name) for name, _, file in folders
+        step_of(name) for name, _, file in folders
         if is_checkpoint_name(name) and file == STATE_FILE
     )  # fmt: skip
-
-
-def _step(name: str) -> int:
-    return int(name.rpartition("-")[2])
 
 
 def _is_of_run(name: str) -> bool:
