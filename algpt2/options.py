@@ -41,7 +41,7 @@ Batch = Annotated[int, Range(1, 2**20)]  # rows, whose ids alone take 8 MB
 Length = Annotated[int, Range(1, 2**28)]  # tokens of a row
 Positive = Annotated[float, Range(1e-300, MAX_NUMBER)]
 PositiveOrZero = Annotated[float, Range(0, MAX_NUMBER)]
-BelowOne = Annotated[float, Range(0, 1 - 2**-53)]
+BelowOne = Annotated[float, Range(0, 0.999999)]
 Share = Annotated[float, Range(0, 1)]
 Factor = Annotated[float, Range(1e-6, 1e6)]
 
@@ -148,7 +148,7 @@ def check_numbers(options: object) -> None:
         for low, high in _ranges(option.type) if value is not None else ():
             if not low <= value <= high:
                 above_zero = low > 0 and not value > 0
-                wanted = "above zero" if above_zero else f"from {low:.12g} to {high:.12g}"
+                wanted = "above zero" if above_zero else f"from {low:,} to {high:,}"
                 given = f"--{option.name} {reprlib.repr(value)}"
                 raise UserError(f"expected a number {wanted}, got {given}")
 
