@@ -23,7 +23,14 @@ from ..errors import UserError, describe
 from ..options import TFTrainOptions
 from ..system.processes_tf import Processes
 from . import batches
-from .tfrecords import FEATURE, MANIFEST_FILE, Manifest, PackedRows, parse_manifest
+from .tfrecords import (
+    FEATURE,
+    MANIFEST_FILE,
+    Manifest,
+    PackedRows,
+    check_files,
+    parse_manifest,
+)
 
 SHUFFLED_ROWS = 1 << 16  # in the buffers of all shards together: 134 MB at 1,024 tokens
 READ_BYTES = 1 << 28  # read ahead, in all shards together
@@ -88,13 +95,8 @@ def _find_shards(flag: str, paths: Sequence[str]) -> Shards:
             f"{flag} and {path} disagree: left out {left_out[:3]}, not listed {unknown[:3]}; "
             f"expected its {len(listed)} shards: pass {folder}"
         )
-    for file, shard in zip(shards.files, manifest.shards, strict=True):
-        if not tf.io.gfile.exists(file):
-            raise UserError(f"{file} is missing: {path} lists it")
-        if (n_bytes := tf.io.gfile.stat(file).length) != shard.bytes:
-            raise UserError(
-                f"{file} is damaged: it has {n_bytes} bytes, expected {shard.bytes}; copy it again"
-            )
+    gfile = tf.io.gfile
+    check_files(shards, lambda path: gfile.stat(path).length if gfile.exists(path) else None)
     return shards
 
 
@@ -190,9 +192,8 @@ class ShardInputs:
     def take(self, step: int) -> tuple[Any, int]:
         n_steps = self.options.steps_per_call
         if self.iterator is None or not self.first <= step <= self.first + n_steps:
-            self.iterator, self.first = self._iterator(step), step
-            self._next()
-        elif step == self.first + n_steps:
+            self.iterator, self.first = self._iterator(step), step - n_steps
+        if step == self.first + n_steps:
             self.first = step
             self._next()
         return self.tokens, step - self.first

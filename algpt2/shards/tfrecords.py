@@ -19,7 +19,7 @@ import re
 import reprlib
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -220,7 +220,7 @@ def parse_manifest(text: str, path: str | Path | RemotePath) -> Manifest:
             f"{path}: format_version is {reprlib.repr(version)}, expected {FORMAT_VERSION};"
             " pack the text again"
         )
-    manifest = _from_json(Manifest, content, path)
+    manifest = from_json(Manifest, content, path)
     problem = _inconsistency(manifest)
     try:
         if not problem and content.get(CHECKSUM) != content_sha256(asdict(manifest)):
@@ -237,8 +237,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_record(folder / MANIFEST_FILE, asdict(manifest))
 
 
-def _from_json(cls: type[T], content: Any, path: str | Path) -> T:
-    """An instance of a dataclass; fields have the declared types, numbers are in `RANGES`."""
+def from_json(cls: type[T], content: Any, path: str | Path) -> T:
+    """A `Manifest` or `Shard` from JSON that was read from `path`; numbers are in `RANGES`.
+
+    Raises:
+        UserError: a field is missing or of another type.
+    """
     if type(content) is not dict:
         raise UserError(f"{path} is damaged: expected an object, got {reprlib.repr(content)}")
     values = {field.name: content.get(field.name) for field in fields(cls)}
@@ -246,7 +250,7 @@ def _from_json(cls: type[T], content: Any, path: str | Path) -> T:
         value, expected = values[field.name], field.type
         low, high = RANGES.get(field.name, (0, 2**62))
         if field.name == "shards" and type(value) is list:
-            values["shards"] = tuple(_from_json(Shard, shard, path) for shard in value)
+            values["shards"] = tuple(from_json(Shard, shard, path) for shard in value)
             continue
         if type(value) is not expected or (expected is int and not low <= value <= high):
             wanted = f"a number from {low} to {high}" if expected is int else expected.__name__
@@ -254,15 +258,6 @@ def _from_json(cls: type[T], content: Any, path: str | Path) -> T:
                 f"{path} is damaged: {field.name} is {reprlib.repr(value)}, expected {wanted}"
             )
     return cls(**values)
-
-
-def shard_from_json(content: Any, path: str | Path) -> Shard:
-    """The `Shard` in JSON that was read from `path`.
-
-    Raises:
-        UserError: a field is missing or of another type.
-    """
-    return _from_json(Shard, content, path)
 
 
 def _inconsistency(manifest: Manifest) -> str | None:
@@ -421,19 +416,22 @@ def open_rows(folder: str | Path) -> PackedRows:
     Raises:
         UserError: the manifest is missing or damaged; a shard is missing or has another size.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    for shard in manifest.shards:
-        path = folder / shard.file
-        if not path.is_file():
-            raise UserError(f"{path} is missing: {folder / MANIFEST_FILE} lists it")
-        n_bytes = path.stat().st_size
+    rows = PackedRows(Path(folder), read_manifest(folder))
+    check_files(rows, lambda path: Path(path).stat().st_size if Path(path).is_file() else None)
+    return rows
+
+
+def check_files(rows: PackedRows, size_of: Callable[[str], int | None]) -> None:
+    """`UserError` unless each shard has the size that the manifest lists (None: it is missing)."""
+    for path, shard in zip(rows.files, rows.manifest.shards, strict=True):
+        n_bytes = size_of(path)
+        if n_bytes is None:
+            raise UserError(f"{path} is missing: {rows.folder}/{MANIFEST_FILE} lists it")
         if n_bytes != shard.bytes:
             raise UserError(
                 f"{path} is damaged: it has {n_bytes} bytes, expected {shard.bytes};"
                 " copy it again, or pack again with --overwrite"
             )
-    return PackedRows(folder, manifest)
 
 
 # --- checking ------------------------------------------------------------------------------------
