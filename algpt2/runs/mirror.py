@@ -12,6 +12,7 @@ copies; on other machines each process fetches the checkpoint to continue from.
 import contextlib
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,8 @@ def sync_from_url(report: ReportOptions, folder: Path, overwrite: bool) -> None:
     """
     home = as_path(report.save_dir)
     files = home.files()
-    others = [name for name in files if not name.startswith(".")]
-    if RUN_FILE not in files and others:
-        raise UserError(
-            f"save_dir {home} holds other files ({', '.join(others[:3])}) and no {RUN_FILE}: "
-            "expected an empty folder or a run; choose another --save_dir"
-        )
+    if RUN_FILE not in files:
+        refuse_others(home, files)
     (home / LOCK_FILE).put(folder / LOCK_FILE)  # said now, not at the first checkpoint
     if overwrite:
         _remove(home, [name for name in files if _is_of_run(name)])
@@ -138,6 +135,15 @@ def sync_from_url(report: ReportOptions, folder: Path, overwrite: bool) -> None:
         raise UserError(
             f"no complete checkpoint at {home}, {len(steps)} damaged: bring one back, choose "
             "another --save_dir, or --overwrite to start anew"
+        )
+
+
+def refuse_others(save_dir: Path | RemotePath, names: Iterable[str]) -> None:
+    """`UserError` if a folder without run.json holds files that are not hidden."""
+    if others := sorted(name for name in names if not name.startswith(".")):
+        raise UserError(
+            f"save_dir {save_dir} holds other files ({', '.join(others[:3])}) and no {RUN_FILE}: "
+            "expected an empty folder or a run; choose another --save_dir"
         )
 
 

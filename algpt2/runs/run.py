@@ -30,7 +30,7 @@ from .checkpoints import (
     is_checkpoint_name,
     newest_checkpoint,
 )
-from .mirror import checkpoint_here, copy_or_warn, sync_from_url
+from .mirror import checkpoint_here, copy_or_warn, refuse_others, sync_from_url
 from .report import RunReport
 
 LR_FROM_SCRATCH, LR_FINETUNE = 1e-3, 5e-5
@@ -165,19 +165,14 @@ def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, 
     Raises:
         UserError: save_dir holds something else, or a run with other options.
     """
-    path = save_dir / RUN_FILE
-    run = json.loads(json.dumps(run))  # as it is read back: tuples are lists there
+    path, created = save_dir / RUN_FILE, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    run = json.loads(json.dumps(run | {"created": created}))  # as read back: tuples are lists
     if overwrite and path.exists():
         _remove_run(save_dir)
-        return _created_now(run)
+        return run
     if not path.exists():
-        others = sorted(p.name for p in save_dir.iterdir() if not p.name.startswith("."))
-        if others:
-            raise UserError(
-                f"save_dir {save_dir} holds other files ({', '.join(others[:3])}) and no "
-                f"{RUN_FILE}: expected an empty folder or a run; choose another --save_dir"
-            )
-        return _created_now(run)
+        refuse_others(save_dir, [file.name for file in save_dir.iterdir()])
+        return run
     before = read_record(path, required=False)
     try:
         changes = changed_options(before["options"], run["options"], NOT_OF_THE_RUN)
@@ -215,10 +210,6 @@ def own_checkpoint(save_dir: Path, run: dict[str, Any]) -> Checkpoint | None:
             "away, the one before it is used then, or choose another --save_dir"
         )
     return checkpoint
-
-
-def _created_now(run: dict[str, Any]) -> dict[str, Any]:
-    return {**run, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
 def _remove_run(save_dir: Path) -> None:
