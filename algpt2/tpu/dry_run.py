@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import UserError
 from ..options import TFRecordOptions
@@ -198,19 +198,12 @@ def read_answer(answer: dict[str, Any]) -> Compiled | TooLarge:
     return TooLarge(*(f"{size[:-1]} {size[-1]}iB" for size in sizes))
 
 
-class Program(Protocol):
-    """A training step that can be lowered for any batch: dry_run_tf.StepProgram."""
-
-    def lower(self, rows_per_core: int) -> bytes:
-        """The serialized HLO module of one core."""
-
-
 @dataclass
 class DryRun:
     """One training step on one slice, compiled for any number of batches."""
 
     tpu: Slice
-    program: Program
+    program: Any  # dry_run_tf.StepProgram, which imports TensorFlow
     seq_len: int  # tokens of a row
     flops_per_row: int  # closed form, one row forward and backward
     compiler: Callable[[bytes, Slice], Compiled | TooLarge] = compile_program
