@@ -147,6 +147,16 @@ class Trainer:
         """Learning rate of `step` (from 0) over the peak."""
         return lr_factor(step, self.options.optim, self.n_steps)
 
+    def train_step(self) -> tuple[float, float]:
+        """One optimizer step: mean loss in nats per token of the global batch, and gradient norm.
+
+        A step that `--skip_outliers` leaves out counts, but changes neither weights nor optimizer.
+
+        Raises:
+            NonFiniteError: loss or gradient is NaN or infinite; raised before the update.
+        """
+        return self.train_steps(1)
+
     def hint(self) -> Hint:
         """What to say if the coming step is bad."""
         rows, save_dir = self.inputs.row_ids(self.step), self.options.report.save_dir
