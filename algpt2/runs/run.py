@@ -83,7 +83,7 @@ class Run:
         """The lines printed when a run starts: options, derived numbers, the step reached."""
         run = self.record
         lines = [
-            f"{group}: {_flags(flags)}"
+            f"{group}: {' '.join(f'{k}={v}' for k, v in flags.items() if v is not None)}"
             for group, flags in run["options"].items()
             if isinstance(flags, dict)
         ]
@@ -118,10 +118,6 @@ def _on_all(processes: Any, folder: Path, record: dict[str, Any], options: Train
         return Run(folder, opened, None)
     checkpoint = Checkpoint(Path(found[0]), found[1])
     return Run(folder, opened, checkpoint_here(checkpoint, options.report.save_dir))
-
-
-def _flags(options: dict[str, Any]) -> str:
-    return " ".join(f"{k}={v}" for k, v in options.items() if v is not None)
 
 
 # --- the folder ----------------------------------------------------------------------------------

@@ -23,14 +23,7 @@ from ..errors import UserError, describe
 from ..options import TFTrainOptions
 from ..system.processes_tf import Processes
 from . import batches
-from .tfrecords import (
-    FEATURE,
-    MANIFEST_FILE,
-    Manifest,
-    PackedRows,
-    check_files,
-    parse_manifest,
-)
+from .tfrecords import FEATURE, MANIFEST_FILE, Manifest, PackedRows, check_files, parse_manifest
 
 SHUFFLED_ROWS = 1 << 16  # in the buffers of all shards together: 134 MB at 1,024 tokens
 READ_BYTES = 1 << 28  # read ahead, in all shards together
@@ -86,7 +79,7 @@ def _find_shards(flag: str, paths: Sequence[str]) -> Shards:
     path = f"{folder}/{MANIFEST_FILE}"
     if not tf.io.gfile.exists(path):
         raise UserError(f"{folder} has no {MANIFEST_FILE}: expected it beside the shards")
-    manifest = parse_manifest(tf.io.gfile.GFile(path).read(), path)
+    manifest = parse_manifest(tf.io.gfile.GFile(path, "rb").read(), path)
     shards = Shards(folder, manifest)
     listed = {shard.file for shard in manifest.shards}
     if named is not None and named != listed:

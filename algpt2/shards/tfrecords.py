@@ -201,17 +201,15 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = as_path(folder) / MANIFEST_FILE
     try:
-        return parse_manifest(path.read_text(encoding="utf-8"), path)
+        return parse_manifest(path.read_bytes(), path)
     except FileNotFoundError:
         raise UserError(f"{folder} holds no packed shards: it has no {MANIFEST_FILE}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is damaged: it is not JSON") from None
 
 
-def parse_manifest(text: str, path: str | Path | RemotePath) -> Manifest:
-    """The manifest in `text`, which was read from `path`; see `read_manifest`."""
+def parse_manifest(text: bytes, path: str | Path | RemotePath) -> Manifest:
+    """The manifest in UTF-8 that was read from `path`; see `read_manifest`."""
     try:
-        content = json.loads(text)
+        content = json.loads(text.decode())
     except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged: it is not JSON") from None
     version = content.get("format_version") if isinstance(content, dict) else FORMAT_VERSION
