@@ -59,8 +59,6 @@ def find_shards(flag: str, paths: Sequence[str]) -> Shards:
 
 
 def _find_shards(flag: str, paths: Sequence[str]) -> Shards:
-    if not paths:
-        raise UserError(f"{flag} needs a folder, shards or a pattern")
     if len(paths) == 1 and tf.io.gfile.exists(f"{paths[0].rstrip('/')}/{MANIFEST_FILE}"):
         folder, named = paths[0].rstrip("/"), None
     else:

@@ -29,7 +29,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..system.console import Progress
-from ..system.files import CHECKSUM, content_sha256, json_text, write_record
+from ..system.files import CHECKSUM, content_sha256, errors_name, json_text, write_record
 from ..system.parallel import run_tasks
 from ..system.remote import RemotePath, as_path
 
@@ -307,7 +307,7 @@ def write_file(
     partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     digest = hashlib.sha256()
     try:
-        with partial.open("wb") as file:
+        with errors_name(path), partial.open("wb") as file:
             for block in blocks:
                 file.write(block)
                 digest.update(block)
@@ -316,10 +316,8 @@ def write_file(
                 os.fsync(file.fileno())
             n_bytes = file.tell()
         partial.replace(path)
-    except BaseException as error:
+    except BaseException:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     return n_bytes, digest.hexdigest()
 
