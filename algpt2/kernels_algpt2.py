@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from transformers import pytorch_utils
 from transformers.activations import ACT2FN
 
-# The loss holds float32 logits of so many rows at a time.
-LOSS_ROWS_CPU = 512
-LOSS_ROWS = 2048
+LOSS_ROWS_CPU, LOSS_ROWS = 512, 2048
 
 # A product of few rows (the tokens that `generate` adds at a time) takes longer to read its weight
 # than to multiply, and PyTorch's float32 products on a CPU read it with one core. The two products
@@ -75,6 +73,11 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return nn.GELU(approximate="tanh") if name == "gelu_new" else ACT2FN[name]
 
 
+def loss_rows(device: str) -> int:
+    """The loss holds float32 logits of so many rows at a time on a device of this type."""
+    return LOSS_ROWS_CPU if device == "cpu" else LOSS_ROWS
+
+
 def head_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats of the logits `hidden @ weight.T`, a few rows at a time.
 
@@ -88,9 +91,9 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
-    n_rows = LOSS_ROWS_CPU if device == "cpu" else LOSS_ROWS
+    rows, with_gradients = loss_rows(device), torch.is_grad_enabled()
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1, 1)  # (N, E), (N, 1)
-    return _HeadCrossEntropy.apply(hidden, weight, labels, n_rows, torch.is_grad_enabled())
+    return _HeadCrossEntropy.apply(hidden, weight, labels, rows, with_gradients)
 
 
 class _HeadCrossEntropy(torch.autograd.Function):

@@ -36,15 +36,17 @@ ZIP_ERRORS = (
 # --- bytes ---------------------------------------------------------------------------------------
 
 
-class _Range(io.RawIOBase):
+class _Readable(io.RawIOBase):
+    def readable(self) -> bool:
+        return True
+
+
+class _Range(_Readable):
     """The bytes [start, stop) of a file."""
 
     def __init__(self, file: BinaryIO, start: int, stop: int) -> None:
         self._file, self._left = file, stop - start
         file.seek(start)
-
-    def readable(self) -> bool:
-        return True
 
     def readinto(self, buffer: memoryview) -> int:
         n = self._file.readinto(memoryview(buffer)[: min(len(buffer), self._left)])
@@ -52,14 +54,11 @@ class _Range(io.RawIOBase):
         return n
 
 
-class _Prefixed(io.RawIOBase):
+class _Prefixed(_Readable):
     """Bytes that were read ahead, then the rest of their stream."""
 
     def __init__(self, head: bytes, stream: BinaryIO) -> None:
         self._head, self._stream = head, stream
-
-    def readable(self) -> bool:
-        return True
 
     def readinto(self, buffer: memoryview) -> int:
         if not self._head:
@@ -108,14 +107,11 @@ class _Process:
         self._process.stderr.close()
 
 
-class _Decompressed(io.RawIOBase):
+class _Decompressed(_Readable):
     """The bytes of a decompressor; its errors become `Broken`."""
 
     def __init__(self, stream: Any, where: str) -> None:
         self._stream, self._where = stream, where
-
-    def readable(self) -> bool:
-        return True
 
     def readinto(self, buffer: memoryview) -> int:
         try:
@@ -329,14 +325,11 @@ class TarStream:
         return Broken(f"{self.where}, byte {position:,}: {reason}")
 
 
-class _Content(io.RawIOBase):
+class _Content(_Readable):
     """The content of a tar's current member; `Broken` if it is cut off."""
 
     def __init__(self, tar: TarStream, size: int) -> None:
         self._tar, self._left = tar, size
-
-    def readable(self) -> bool:
-        return True
 
     def readinto(self, buffer: memoryview) -> int:
         content = self._tar._read(min(len(buffer), self._left))

@@ -25,6 +25,7 @@ from ..runs.checkpoints import (
     STATE_FILE,
     checkpoint_folders,
     checkpoint_name,
+    step_of,
 )
 from ..runs.report import read_json_lines, send_table
 from ..runs.tracker import run_name
@@ -130,7 +131,7 @@ def publish_evaluation(folder: Path | None, report: ReportOptions) -> None:
         return
     save_dir = folder.parent
     if folder in checkpoint_folders(save_dir) and (save_dir / RUN_FILE).is_file():
-        step = int(folder.name.rpartition("-")[2])
+        step = step_of(folder.name)
         write_card(folder, save_dir, step)
         rows = [
             [folder.name, text, measure, float(value), unit]

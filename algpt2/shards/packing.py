@@ -55,8 +55,8 @@ from .tfrecords import (
     MANIFEST_FILE,
     Manifest,
     Shard,
+    from_json,
     read_manifest,
-    shard_from_json,
     write_manifest,
     write_shard,
 )
@@ -416,7 +416,7 @@ def _write_shard(
     split = path.parent.name if path.parent != folder else ""
     record = store.work / f"shard-{split}-{path.stem}.json"
     with contextlib.suppress(FileNotFoundError, UserError):  # not done, or damaged since
-        shard = shard_from_json(read_record(record).get("shard"), record)
+        shard = from_json(Shard, read_record(record).get("shard"), record)
         if target and target.stat().st_size == shard.bytes:
             return shard
         if not target and describe_file(path) == (shard.bytes, shard.sha256):

@@ -1,11 +1,12 @@
 """What a user sees of work under way: lines, tables, progress; printed by process 0 alone."""
 
+import contextlib
 import json
 import os
 import reprlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
@@ -90,6 +91,19 @@ def torchrun_number(name: str, lowest: int) -> int:
 def is_main_process() -> bool:
     """True in a single process and on process 0 of several."""
     return process_index() == 0
+
+
+class MainFirst:
+    """What `Processes` of both frameworks share; they have a `barrier`."""
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Process 0 runs the body before the others: it packs, they find what it packed."""
+        if not is_main_process():
+            self.barrier()
+        yield
+        if is_main_process():
+            self.barrier()
 
 
 class Progress:

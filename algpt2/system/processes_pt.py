@@ -2,7 +2,7 @@
 
 import atexit
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ..errors import UserError, describe
 from ..options import OptimOptions, TrainOptions
-from .console import is_main_process, torchrun_number, torchrun_process
+from .console import MainFirst, is_main_process, torchrun_number, torchrun_process
 from .memory import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Processes:
+class Processes(MainFirst):
     """This process among those that train together, its device and its number format."""
 
     rank: int
@@ -57,15 +57,6 @@ class Processes:
         """Return when every process is here."""
         if self.count > 1:
             dist.barrier()
-
-    @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Process 0 runs the body before the others: it packs, they find what it packed."""
-        if not is_main_process():
-            self.barrier()
-        yield
-        if is_main_process():
-            self.barrier()
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Context in which matrix products run in `dtype`."""

@@ -180,13 +180,6 @@ class Trainer(loop.Trainer):
         return model, build_optimizer(model, options.optim, lr)
 
     def train_step(self) -> tuple[float, float]:
-        """One optimizer step: mean loss in nats per token of the global batch, and gradient norm.
-
-        A step that `--skip_outliers` leaves out counts, but changes neither weights nor optimizer.
-
-        Raises:
-            NonFiniteError: loss or gradient is NaN or infinite; raised before the update.
-        """
         optim, processes, scaler = self.options.optim, self.processes, self.scaler
         seed_step(optim.seed, self.step, processes.rank)
         self.model.train()

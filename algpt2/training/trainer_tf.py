@@ -323,16 +323,6 @@ class Trainer(loop.Trainer):
             lr = peak_lr(options.optim, options.model)
             return model, build_optimizer(model, options.optim, lr)
 
-    def train_step(self) -> tuple[float, float]:
-        """One optimizer step: mean loss in nats per token of the global batch, and gradient norm.
-
-        A step that `--skip_outliers` leaves out counts, but changes neither weights nor optimizer.
-
-        Raises:
-            NonFiniteError: loss or gradient is NaN or infinite; raised before the update.
-        """
-        return self.train_steps(1)
-
     def train_steps(self, n: int) -> tuple[float, float]:
         """Take `n` optimizer steps; loss and gradient norm of the last. If a step's numbers are not
         finite, the weights are those before that step."""

@@ -444,7 +444,8 @@ def test_a_run_with_skipped_steps_goes_on_in_the_other_framework(monkeypatch, so
 REMEMBER = """
 import math
 import numpy as np
-from algpt2 import guard, script, {module}
+from algpt2.system import script
+from algpt2.training import guard, {module}
 trainers, init = [], {module}.Trainer.__post_init__
 def remember(trainer):
     trainers.append(trainer)

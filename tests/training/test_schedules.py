@@ -1,9 +1,13 @@
+from dataclasses import replace
+from typing import get_args, get_type_hints
+
 import pytest
 
-from algpt2.errors import UserError
-from algpt2.training.schedules import SCHEDULES, lr_factor
+from algpt2.options import OptimOptions
+from algpt2.training.schedules import lr_factor
 
-RUN = {"n_steps": 10, "warmup_steps": 2, "min_lr_ratio": 0.0, "decay_ratio": 0.4}
+OPTIM = OptimOptions(warmup_steps=2, min_lr_ratio=0.0, decay_ratio=0.4)
+SCHEDULES = get_args(get_type_hints(OptimOptions)["lr_schedule"])
 
 
 @pytest.mark.parametrize(
@@ -16,23 +20,18 @@ RUN = {"n_steps": 10, "warmup_steps": 2, "min_lr_ratio": 0.0, "decay_ratio": 0.4
     ],
 )
 def test_factors_equal_the_written_list(schedule, expected):
-    factors = [lr_factor(step, schedule=schedule, **RUN) for step in range(10)]
-    assert factors == pytest.approx(expected, abs=1e-5)
+    optim = replace(OPTIM, lr_schedule=schedule)
+    assert [lr_factor(step, optim, 10) for step in range(10)] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("warmup_steps", [0, 1, 20])
 def test_factor_never_leaves_its_range(schedule, warmup_steps):
-    run = RUN | {"warmup_steps": warmup_steps, "min_lr_ratio": 0.1}
-    assert all(0 < lr_factor(step, schedule=schedule, **run) <= 1 for step in range(40))
+    optim = replace(OPTIM, lr_schedule=schedule, warmup_steps=warmup_steps, min_lr_ratio=0.1)
+    assert all(0 < lr_factor(step, optim, 10) <= 1 for step in range(40))
 
 
 def test_last_step_takes_the_minimum():
     for schedule in ("linear", "cosine", "wsd"):
-        run = RUN | {"min_lr_ratio": 0.1}
-        assert lr_factor(9, schedule=schedule, **run) == pytest.approx(0.1)
-
-
-def test_unknown_schedule_is_named():
-    with pytest.raises(UserError, match=r"'step'.*linear, cosine, constant, wsd"):
-        lr_factor(0, schedule="step", **RUN)
+        optim = replace(OPTIM, lr_schedule=schedule, min_lr_ratio=0.1)
+        assert lr_factor(9, optim, 10) == pytest.approx(0.1)
