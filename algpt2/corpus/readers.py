@@ -50,6 +50,14 @@ from .parts import (
 SMALL_BYTES = 1 << 16  # a file is read with one call up to this size
 LONG_BYTES = 1 << 24  # a longer line of JSON is decoded in less memory
 MAX_DEPTH = 4  # of archives in archives
+HEAD_BYTES = 8000  # that tell text from other content; a NUL among them is git's rule for binary
+# First bytes of content that is no UTF-8 text; UTF-32's mark begins with UTF-16's.
+FORMATS = {
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\0": "xz", b"BZh91AY&SY": "bzip2", b"PK\3\4": "zip", b"PAR1": "parquet",
+    b"%PDF-": "PDF",
+}  # fmt: skip
 
 RawTexts = Iterator[bytes | str | None]
 
@@ -104,9 +112,11 @@ class PartReader:
             else:
                 self._begin_file()
                 try:
-                    yield _without_mark(_read_whole(path, stamp))
+                    raw = _read_whole(path, stamp)
                 except Broken as error:
                     self.counts.add_broken(error, self.reading)
+                else:
+                    yield from self._guarded(self._read_text(raw, path))
 
     def _read_file_part(self, part: Part) -> RawTexts:
         """A file in one piece: compressed, or small."""
@@ -121,7 +131,14 @@ class PartReader:
         with _unchanged(part.name, part.stamps[0]) as file:
             if not part.start:
                 self._begin_file()
-            yield from map(_without_mark, _lines_between(file, part.start, part.stop))
+            head = file.read(HEAD_BYTES)
+            file.seek(0)
+            kind = self._text_kind(head, part.name)
+            lines = _lines_between(file, part.start, part.stop)
+            if kind == "jsonl":
+                yield from self._read_rows(lines, part.name, part.start)
+            else:
+                yield from map(_plain, lines)
 
     def _read_jsonl_part(self, part: Part) -> RawTexts:
         if part.stop is None:
@@ -204,12 +221,43 @@ class PartReader:
             self._begin_file()
             if kind == "parquet":
                 yield from self._read_table(io.BytesIO(stream.read()), where)
-            elif kind == "jsonl":
+                return
+            head, stream = look_ahead(stream, HEAD_BYTES)
+            if "jsonl" in (self._text_kind(head, where), kind):
                 yield from self._read_rows(stream, where)
             elif self.reading.line_by_line:
-                yield from map(_without_mark, stream)
+                yield from map(_plain, stream)
             else:
-                yield _without_mark(stream.read())
+                yield _plain(stream.read())
+
+    def _read_text(self, raw: bytes, where: str) -> RawTexts:
+        """A text in memory: a document, or the rows of JSON lines."""
+        if self._text_kind(raw[:HEAD_BYTES], where) == "jsonl":
+            yield from self._read_rows(io.BytesIO(raw), where)
+        else:
+            yield _plain(raw)
+
+    def _text_kind(self, head: bytes, where: str) -> str:
+        """What text is by its first bytes, whatever its name: `text`, or `jsonl`.
+
+        JSON lines begin with an object that has the text's key, or with two objects.
+        """
+        found = next((FORMATS[mark] for mark in FORMATS if head.startswith(mark)), None)
+        if found is None and b"\0" in head:
+            found = "binary data, or UTF-16 without a mark (NUL bytes)"
+        if found:
+            raise Broken(f"{where}: expected UTF-8 text, found {found}: convert or rename it")
+        head = _plain(head)
+        if not head.startswith(b"{"):
+            return "text"
+        first, line_end, rest = head.partition(b"\n")
+        if not line_end and len(head) > HEAD_BYTES // 2:  # the line is cut
+            return "jsonl" if re.match(rb'\{ *"', first) else "text"
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(first)
+            if self.reading.text_key in row or rest.lstrip().startswith(b"{"):
+                return "jsonl"
+        return "text"
 
     def _read_members(self, tar: TarStream, depth: int) -> RawTexts:
         for member in tar:
@@ -217,7 +265,9 @@ class PartReader:
             kind = self._member_kind(name)
             if kind == "text" and not self.reading.line_by_line and name.endswith(".txt"):
                 self._begin_file()
-                yield _without_mark(tar.read())
+                raw = tar.read()
+                where = f"{tar.where}, byte {member.header:,}: {name}"
+                yield from self._guarded(self._read_text(raw, where))
             elif kind is not None:
                 where = f"{tar.where}, byte {member.header:,}: {name}"
                 yield from self._guarded(self._read_stream(kind, tar.open(), name, where, depth))
@@ -258,7 +308,7 @@ class PartReader:
             number += 1
             at = f"{where}, byte {position:,}" if start else f"{where}, line {number}"
             position += len(raw)
-            raw, encoding = _without_mark(raw), BYTES
+            raw, encoding = raw.removeprefix(codecs.BOM_UTF8), BYTES
             if len(raw) > LONG_BYTES:
                 # In a string with an emoji each character takes four bytes; as latin-1, one.
                 raw, encoding = _unescaped(raw), ("latin-1",)
@@ -359,7 +409,8 @@ def _changed(path: str, what: str) -> ChangedInput:
     )
 
 
-def _without_mark(raw: bytes) -> bytes:
+def _plain(raw: bytes) -> bytes:
+    """A text file's bytes without a byte-order mark."""
     return raw.removeprefix(codecs.BOM_UTF8)
 
 

@@ -645,3 +645,54 @@ def test_a_text_is_blank_as_a_string_would_be():
     spaces = [c for c in map(chr, range(0x110000)) if c.isspace()]
     for text in [*spaces, "".join(spaces), *(s + "x" for s in spaces), "é", "\u200b", " \ufeff"]:
         assert words.is_blank(text.encode()) == text.isspace(), repr(text)
+
+
+# --- content that contradicts its name ------------------------------------------------------------
+
+
+TEXT = "one line of text\n" * 40
+
+
+@pytest.mark.parametrize("line_by_line", [False, True])
+@pytest.mark.parametrize("suffix, pack", [("", bytes), (".gz", gzip.compress)])
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        (TEXT.encode("utf-16-le"), "UTF-16 without a mark"),
+        (TEXT.encode("utf-16"), "UTF-16"),
+        (TEXT.encode("utf-16-be"), "UTF-16 without a mark"),
+        (TEXT.encode("utf-32"), "UTF-32"),
+        (gzip.compress(b"a"), "gzip"),
+        (zstd(b"a"), "zstd"),
+        (b"\x89ELF\0\0", "binary"),
+    ],
+)
+@pytest.mark.parametrize("name", ["b.txt", "b", "b.jsonl"])
+def test_content_that_is_no_utf8_is_named(
+    tmp_path, name, content, found, suffix, pack, line_by_line
+):
+    write(tmp_path / "a.txt", TEXT)
+    write(tmp_path / (name + suffix), pack(content))
+    with pytest.raises(BrokenInput, match=f"{name}{suffix}.*expected UTF-8 text, found.*{found}"):
+        read(tmp_path, line_by_line=line_by_line)
+    counts = CorpusCounts()
+    texts = read(tmp_path, counts=counts, skip_broken=True, line_by_line=line_by_line)
+    assert (len(texts), counts.n_broken) == (40 if line_by_line else 1, 1)
+
+
+@pytest.mark.parametrize("suffix, pack", [("", bytes), (".gz", gzip.compress)])
+@pytest.mark.parametrize("name", ["wiki_00", "wiki.txt", "wiki.dump"])
+@pytest.mark.parametrize("first", ["a", "long " * 4000])
+def test_json_lines_are_rows_whatever_their_name(tmp_path, monkeypatch, name, first, suffix, pack):
+    rows = pack(lines({"id": 1, "text": first}, {"id": 2, "text": "b"}).encode())
+    path = write(tmp_path / (name + suffix), rows)
+    assert read(path) == read(path, line_by_line=True) == [first, "b"]
+    monkeypatch.setattr(listing, "PIECE_BYTES", 10)
+    assert read(path, line_by_line=True) == [first, "b"]
+    with pytest.raises(UserError, match="no 'body'.*among id, text"):
+        read(path, text_key="body")
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', '{"text": ', "{\\bf x}\n{}\n", '{\n"text": "a"}'])
+def test_a_text_in_braces_is_a_text(tmp_path, text):
+    assert read(write(tmp_path / "a.txt", text)) == [text]
