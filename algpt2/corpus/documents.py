@@ -19,7 +19,7 @@ from ..system.console import log
 from .listing import list_parts
 from .parts import BYTES, CorpusCounts, Part, Reading
 from .readers import PartReader, RawTexts
-from .words import decoded, is_blank, is_shorter
+from .words import decoded, is_blank, is_shorter, unix_line_ends
 
 
 def documents(
@@ -143,7 +143,7 @@ def _utf8(raw: bytes | str | None, counts: CorpusCounts) -> bytes:
 def _lines(raw: bytes | str | None) -> list[bytes]:
     if not isinstance(raw, bytes):
         raw = (raw or "").encode("utf-8", "surrogatepass")
-    return [line.removesuffix(b"\r") for line in raw.removesuffix(b"\n").split(b"\n")]
+    return unix_line_ends(raw).removesuffix(b"\n").split(b"\n")
 
 
 def first_bytes(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

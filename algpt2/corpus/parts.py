@@ -184,7 +184,8 @@ def split_suffix(name: str) -> tuple[str, str | None]:
 def file_suffix(name: str) -> str:
     """ ".txt" of "a/b.TXT"; an eighth of the time of a Path, and there are millions of names."""
     dot = name.rfind(".")
-    return name[dot:].lower() if dot > name.rfind("/") + 1 else ""
+    suffix = name[dot:].lower() if dot > name.rfind("/") + 1 else ""
+    return "" if suffix == "." or " " in suffix else suffix  # "U.S. history" has none
 
 
 def member_kind(name: str) -> str | None:

@@ -46,6 +46,7 @@ from .parts import (
     split_suffix,
     unreadable,
 )
+from .words import unix_line_ends
 
 SMALL_BYTES = 1 << 16  # a file is read with one call up to this size
 LONG_BYTES = 1 << 24  # a longer line of JSON is decoded in less memory
@@ -304,7 +305,7 @@ class PartReader:
     def _read_rows(self, lines: Iterator[bytes], where: str, start: int = 0) -> RawTexts:
         """The texts of lines of JSON; the first line begins at byte `start` of the file."""
         number, position = 0, start
-        for raw in lines:
+        for raw in _split_at_returns(lines):
             number += 1
             at = f"{where}, byte {position:,}" if start else f"{where}, line {number}"
             position += len(raw)
@@ -410,8 +411,18 @@ def _changed(path: str, what: str) -> ChangedInput:
 
 
 def _plain(raw: bytes) -> bytes:
-    """A text file's bytes without a byte-order mark."""
-    return raw.removeprefix(codecs.BOM_UTF8)
+    """A text file's bytes without a byte-order mark, with the line ends of Unix."""
+    return unix_line_ends(raw.removeprefix(codecs.BOM_UTF8))
+
+
+def _split_at_returns(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines of JSON that end with \\n, also cut at every \\r: in a string it is escaped."""
+    for line in lines:
+        has_returns = line.find(b"\r", 0, -2) >= 0
+        pieces = line.splitlines(keepends=True)[::-1] if has_returns else [line]
+        del line
+        while pieces:
+            yield pieces.pop()  # the last reference to a line of gigabytes, perhaps
 
 
 def _lines_between(file: BinaryIO, start: int, stop: int | None) -> Iterator[bytes]:

@@ -689,10 +689,34 @@ def test_json_lines_are_rows_whatever_their_name(tmp_path, monkeypatch, name, fi
     assert read(path) == read(path, line_by_line=True) == [first, "b"]
     monkeypatch.setattr(listing, "PIECE_BYTES", 10)
     assert read(path, line_by_line=True) == [first, "b"]
-    with pytest.raises(UserError, match="no 'body'.*among id, text"):
+    with pytest.raises(UserError, match=r"no 'body'.*among id, text"):
         read(path, text_key="body")
 
 
 @pytest.mark.parametrize("text", ['{"a": 1}', '{"text": ', "{\\bf x}\n{}\n", '{\n"text": "a"}'])
 def test_a_text_in_braces_is_a_text(tmp_path, text):
     assert read(write(tmp_path / "a.txt", text)) == [text]
+
+
+@pytest.mark.parametrize("suffix, pack", [("", bytes), (".gz", gzip.compress)])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_the_line_ends_of_every_system_are_the_same(tmp_path, monkeypatch, end, suffix, pack):
+    text = "\nfirst line\n\nsecond line\n"
+    path = write(tmp_path / f"a.txt{suffix}", pack(text.replace("\n", end).encode()))
+    assert read(path) == [text]
+    assert read(path, line_by_line=True) == ["first line", "second line"]
+    rows = lines({"text": "a\r\nb"}, {"text": "c"}).replace("\n", end)
+    table = write(tmp_path / f"a.jsonl{suffix}", pack(rows.encode()))
+    assert read(table) == ["a\r\nb", "c"]  # what a row holds is data
+    monkeypatch.setattr(listing, "PIECE_BYTES", 10)
+    assert read(path, line_by_line=True) == ["first line", "second line"]
+    assert read(table) == ["a\r\nb", "c"]
+
+
+def test_a_suffix_has_a_letter_and_no_blank(tmp_path):
+    names = ("Paris", "St. Louis", "U.S. history", "1.", "a.png")
+    for name in names:
+        write(tmp_path / name, name)
+    counts = CorpusCounts()
+    assert sorted(read(tmp_path, counts=counts)) == sorted(names[:-1])
+    assert counts.other_files == {".png": 1}
