@@ -45,6 +45,8 @@ class Reading:
     min_length: int = 0  # characters; shorter documents are left out
     skip_broken: bool = False  # leave out and count damaged input instead of stopping
     is_sample: bool = False  # only the first documents are wanted
+    document_mark: str | None = None  # cuts documents; neither it nor its line is text
+    end_of_text: str | None = None  # of the tokenizer: counted where a text has it, and data
 
 
 @dataclass
@@ -59,17 +61,19 @@ class CorpusCounts:
     empty: int = 0  # files, rows and lines of white space alone: no documents
     short: int = 0  # documents of fewer characters than the minimum, left out
     undecodable: int = 0  # documents in which bytes that are not UTF-8 became U+FFFD
+    end_marks: int = 0  # literal end-of-text marks in the documents
     n_broken: int = 0  # damaged files, members and lines, left out
     broken: list[str] = field(default_factory=list)  # the first thousand: where, and what
     other_files: dict[str, int] = field(default_factory=dict)  # suffix -> files that are not text
 
-    def add_texts(self, texts: Sequence[bytes]) -> None:
+    def add_texts(self, texts: Sequence[bytes], end_of_text: str | None = None) -> None:
         """Count documents, given as UTF-8; many together, as numpy's calls cost by the call."""
         joined = b"\n".join(texts)
         self.documents += len(texts)
         self.text_bytes += len(joined) - (len(texts) - 1)
         self.words += count_words(joined)
         self.line_ends += count_line_ends(joined) - (len(texts) - 1)
+        self.end_marks += joined.count(end_of_text.encode()) if end_of_text else 0
 
     def add_other(self, suffix: str) -> None:
         """Count a file that is not text."""
