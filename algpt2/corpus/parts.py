@@ -14,6 +14,7 @@ from ..errors import UserError
 from .words import count_line_ends, count_words
 
 BYTES = ("utf-8", "surrogateescape")  # arguments of encode and decode
+SKIP_HINT = "; --skip_broken leaves it out and counts it"
 MAX_BROKEN = 1000  # messages about damage that are kept
 
 
@@ -40,7 +41,7 @@ def unreadable(path: str, error: OSError) -> Broken:
 class Reading:
     """The options of reading; which text becomes a document."""
 
-    text_key: str = "text"  # column or key of the text in tables
+    text_key: str | None = "text"  # key of the text in tables; None: the row itself, as JSON
     line_by_line: bool = False  # each line is a document
     min_length: int = 0  # characters; shorter documents are left out
     skip_broken: bool = False  # leave out and count damaged input instead of stopping
@@ -82,7 +83,7 @@ class CorpusCounts:
     def add_broken(self, error: Broken, reading: Reading) -> None:
         """Count damage; without `skip_broken` it is a `BrokenInput`."""
         if not reading.skip_broken:
-            raise BrokenInput(f"{error}; --skip_broken leaves it out and counts it") from None
+            raise BrokenInput(f"{error}{SKIP_HINT}") from None
         self.n_broken += 1
         if len(self.broken) < MAX_BROKEN:
             self.broken.append(str(error))

@@ -313,7 +313,7 @@ class PartReader:
             if len(raw) > LONG_BYTES:
                 # In a string with an emoji each character takes four bytes; as latin-1, one.
                 raw, encoding = _unescaped(raw), ("latin-1",)
-            key = self.reading.text_key.encode(*BYTES).decode(*encoding)
+            key = (self.reading.text_key or "").encode(*BYTES).decode(*encoding)
             line, raw = raw.decode(*encoding), b""
             try:
                 row = json.loads(line) if not line.isspace() else {key: None}
@@ -322,6 +322,9 @@ class PartReader:
             except (ValueError, RecursionError) as error:
                 broken = Broken(f"{at}: expected a JSON object, {error}")
                 self.counts.add_broken(broken, self.reading)
+                continue
+            if self.reading.text_key is None and not line.isspace():
+                yield line.encode(*encoding)
                 continue
             _field(row, key, at)
             line = ""  # of gigabytes, perhaps

@@ -31,7 +31,7 @@ import numpy as np
 
 from ..corpus.documents import log_counts, no_document
 from ..corpus.listing import identify_parts, list_parts
-from ..corpus.parts import BrokenInput, ChangedInput, CorpusCounts, Part, Reading
+from ..corpus.parts import SKIP_HINT, BrokenInput, ChangedInput, CorpusCounts, Part, Reading
 from ..errors import UserError, describe
 from ..options import PackOptions, changed_options
 from ..system.console import Progress, log
@@ -235,7 +235,7 @@ def _encode(job: Job) -> tuple[TokenStore, dict[str, Any]]:
     """Run the tasks; the stored tokens, and the encoder as the manifest records it."""
     options, plan = job.options, job.plan
     if job.counts.n_broken and not options.skip_broken:
-        raise BrokenInput(f"{job.counts.broken[0]}; --skip_broken leaves it out and counts it")
+        raise BrokenInput(f"{job.counts.broken[0]}{SKIP_HINT}")
     reading = Reading(
         options.text_key, options.line_by_line, options.min_length, options.skip_broken,
         document_mark=options.document_mark, end_of_text=job.tokenizer.end_of_text,
