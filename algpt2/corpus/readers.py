@@ -71,9 +71,8 @@ class PartReader:
     """Reads parts one after the other, at most `limit` files of them (None: all).
 
     Raises (while its texts are read):
-        UserError: a table without the text's column.
         ChangedInput: a file changed or is gone.
-        BrokenInput: damage, unless `reading.skip_broken` counts it.
+        BrokenInput: damage, or a table or row without text, unless `reading.skip_broken` counts it.
     """
 
     def __init__(self, reading: Reading, counts: CorpusCounts, limit: int | None = None) -> None:
@@ -185,7 +184,12 @@ class PartReader:
         try:
             rows = datasets.load_dataset(dataset, *rest, split=split, streaming=True)
             for number, row in enumerate(rows):
-                yield _field(row, self.reading.text_key, f"hf:{name}, row {number}")
+                try:
+                    text = _field(row, self.reading.text_key, f"hf:{name}, row {number}")
+                except Broken as error:
+                    self.counts.add_broken(error, self.reading)
+                else:
+                    yield text
         except UserError:
             raise
         except Exception as error:  # the hub, its HTTP client and each builder raise their own
@@ -319,17 +323,22 @@ class PartReader:
                 row = json.loads(line) if not line.isspace() else {key: None}
                 if not isinstance(row, dict):
                     raise ValueError(f"got a {type(row).__name__}")
+                if self.reading.text_key is not None:
+                    _field(row, key, at)
             except (ValueError, RecursionError) as error:
                 broken = Broken(f"{at}: expected a JSON object, {error}")
                 self.counts.add_broken(broken, self.reading)
                 continue
+            except Broken as error:  # of this row alone
+                self.counts.add_broken(error, self.reading)
+                continue
             if self.reading.text_key is None and not line.isspace():
                 yield line.encode(*encoding)
                 continue
-            _field(row, key, at)
             line = ""  # of gigabytes, perhaps
             text = row.pop(key)
             yield text if encoding is BYTES or text is None else text.encode(*encoding)
+        self.counts.empty += not start and not number  # a table without a row
 
     def _read_table(
         self, source: str | BinaryIO, where: str, start: int = 0, stop: int | None = None
@@ -351,8 +360,8 @@ class PartReader:
                     # As bytes: parquet does not check that its strings are UTF-8.
                     yield from column.cast(pa.large_binary()).to_pylist()
         except pa.ArrowNotImplementedError:
-            raise UserError(f"{where}: column {key!r} holds {column_type}, not text") from None
-        except (pa.ArrowException, OSError) as error:
+            raise Broken(f"{where}: column {key!r} holds {column_type}, not text") from None
+        except (pa.ArrowException, OSError, KeyError, IndexError, ValueError) as error:
             raise Broken(f"{where}: not a parquet file that can be read ({error})") from None
 
 
@@ -464,10 +473,12 @@ def _field(row: dict[str, object], text_key: str, where: str) -> str | None:
     _check_column(row, text_key, where)
     text = row[text_key]
     if text is not None and not isinstance(text, str):
-        raise UserError(f"{where}: expected text in {text_key!r}, got a {type(text).__name__}")
+        raise Broken(f"{where}: expected text in {text_key!r}, got a {type(text).__name__}")
     return text
 
 
 def _check_column(names: Collection[str], text_key: str, where: str) -> None:
-    if text_key not in names:
-        raise UserError(f"{where}: no {text_key!r} (the text's key) among {', '.join(names)}")
+    n = sum(name == text_key for name in names)
+    if n != 1:
+        what = f"no {text_key!r}" if not n else f"{n} columns {text_key!r}"
+        raise Broken(f"{where}: {what} (--text_key names another) among {', '.join(names)}")

@@ -251,9 +251,17 @@ def test_sources_without_text_are_named_before_anything_is_read(
         ("a.jsonl", '{"content": "x", "id": 1}\n', "line 1: no 'text' .* among content, id"),
         ("a.jsonl", '{"text": ["x"]}\n', "line 1: expected text in 'text', got a list"),
         ("a.jsonl", "[" * 100_000, "line 1: expected a JSON object"),
-        ("a.jsonl.gz", gzip.compress(os.urandom(5000))[:-999], "a.jsonl.gz: cannot be decompr"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(os.urandom(5000).hex().encode())[:-999],
+            "a.jsonl.gz: cannot be decompr",
+        ),
         ("a.txt.gz", b"not gzip", "a.txt.gz: cannot be decompressed"),
-        ("a.txt.zst", zstd(os.urandom(5000))[:-999], "a.txt.zst: cannot be decompressed"),
+        (
+            "a.txt.zst",
+            zstd(os.urandom(5000).hex().encode())[:-999],
+            "a.txt.zst: cannot be decompressed",
+        ),
         ("a.parquet", b"not parquet", "a.parquet: not a parquet file"),
         ("a.txt", "", "no document in .*a.txt: .* 1 empty"),
     ],
@@ -295,8 +303,8 @@ def test_broken_files_and_lines_are_left_out_on_request(tmp_path, capsys):
     assert capsys.readouterr().out.count("left out: ") == 4
     assert "4 broken inputs left out" in str(counts)
     write(tmp_path / "a.jsonl", lines({"body": "x"}))
-    with pytest.raises(UserError, match=r"no 'text'"):  # not damage, but a flag to set
-        read(tmp_path, skip_broken=True)
+    with pytest.raises(UserError, match=r"no document in .*no 'text' .--text_key names"):
+        read(tmp_path / "a.jsonl", skip_broken=True)
 
 
 @pytest.mark.parametrize("name", ["b.txt", "b.jsonl", "b.txt.gz"])
@@ -689,7 +697,7 @@ def test_json_lines_are_rows_whatever_their_name(tmp_path, monkeypatch, name, fi
     assert read(path) == read(path, line_by_line=True) == [first, "b"]
     monkeypatch.setattr(listing, "PIECE_BYTES", 10)
     assert read(path, line_by_line=True) == [first, "b"]
-    with pytest.raises(UserError, match=r"no 'body'.*among id, text"):
+    with pytest.raises(UserError, match=r"no 'body' .*among id, text"):
         read(path, text_key="body")
 
 
@@ -720,3 +728,25 @@ def test_a_suffix_has_a_letter_and_no_blank(tmp_path):
     counts = CorpusCounts()
     assert sorted(read(tmp_path, counts=counts)) == sorted(names[:-1])
     assert counts.other_files == {".png": 1}
+
+
+def test_a_row_without_text_costs_only_itself(tmp_path, monkeypatch):
+    rows = [{"text": "a"}, {"id": 1}, {"text": 7}, {"text": None}, {"text": "b"}]
+    path = write(tmp_path / "a.jsonl", lines(*rows))
+    write_parquet(tmp_path / "b.parquet", ["x"], name="body")
+    pq.write_table(pa.table([["x"], ["y"]], names=["text", "text"]), tmp_path / "c.parquet")
+    write_parquet(tmp_path / "d.parquet", [1])
+    write(tmp_path / "e.jsonl", "")
+    with pytest.raises(BrokenInput, match=r"a.jsonl, line 2: no 'text' .--text_key.* among id"):
+        read(path)
+    with pytest.raises(BrokenInput, match=r"c.parquet: 2 columns 'text' .* among text, text"):
+        read(tmp_path / "c.parquet")
+    counts = CorpusCounts()
+    assert read(tmp_path, skip_broken=True, counts=counts) == ["a", "b"]
+    assert (counts.n_broken, counts.empty) == (5, 2)
+    assert "line 3: expected text in 'text', got a int" in counts.broken[1]
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    (tmp_path / "hf").mkdir()
+    write_parquet(tmp_path / "hf" / "a.parquet", ["x"], name="body")
+    with pytest.raises(BrokenInput, match=r"row 0: no 'text'"):
+        read(f"hf:{tmp_path / 'hf'}")
