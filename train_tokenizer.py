@@ -36,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, value in asdict(options).items():
         log(f"{name}: {value}")
     counts, start_s = CorpusCounts(), time.monotonic()
-    reading = Reading(options.text_key, skip_broken=options.skip_broken)
+    reading = Reading(
+        options.text_key, skip_broken=options.skip_broken,
+        document_mark=options.document_mark, end_of_text=END_OF_TEXT,
+    )  # fmt: skip
     texts = documents(options.train_path, reading, n_files=options.n_files, counts=counts)
     Path(options.save_path).mkdir(parents=True, exist_ok=True)  # fails before the work, not after
 
@@ -61,15 +64,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def shown(texts: Iterable[str], max_bytes: int | None, counts: "CorpusCounts") -> Iterator[str]:
     """Pass on at most `max_bytes` of `texts`, with a progress bar; then log `counts`."""
-    from algpt2.corpus.documents import first_bytes
-    from algpt2.system.console import Progress, log
+    from algpt2.corpus.documents import first_bytes, log_counts
+    from algpt2.system.console import Progress
+    from algpt2.tokenization_algpt2 import END_OF_TEXT
 
     start_s = time.monotonic()
     with Progress("read", total=max_bytes, unit="B") as progress:
         for text in texts if max_bytes is None else first_bytes(texts, max_bytes):
             yield text
             progress.update(counts.text_bytes - progress.done)
-    log(f"read {counts} in {time.monotonic() - start_s:.1f} s; merging")
+    log_counts(counts, END_OF_TEXT, f" in {time.monotonic() - start_s:.1f} s; merging")
 
 
 def hold_out(texts: Iterable[str], held_out: list[str]) -> Iterator[str]:

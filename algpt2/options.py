@@ -179,6 +179,7 @@ class TokenizerOptions:
     vocab_size: Annotated[int, Range(1, 2**24)] = 50257  # entries, control codes included
     control_codes: tuple[str, ...] = ("<|endoftext|>",)  # <|endoftext|> has the last id
     text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
+    document_mark: Unset[str] = None  # cuts documents wherever it stands in a text (default: none)
     skip_broken: bool = False  # leave out what is damaged, named and counted, instead of stopping
     max_bytes: Unset[Count] = None  # most bytes of text to train on (default: all)
     overwrite: bool = False  # replace another tokenizer in save_path
@@ -210,6 +211,9 @@ class DocumentOptions:
     """Which documents are packed."""
 
     line_by_line: bool = False  # each line is a document
+    document_mark: Unset[str] = None
+    """cuts documents wherever it stands in a text, as in --document_mark '<|endoftext|>' (default:
+    nothing does)"""
     n_files: Unset[Count] = None  # most files read, in archives too; a table is one (default: all)
     text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
     detokenizer: Unset[Literal["wikitext", "ptb", "lambada"]] = None
@@ -267,6 +271,7 @@ class DataOptions(RowOptions):
     control_codes: Unset[tuple[str, ...]] = None
     """text only: one code, or one per train_path; new codes are added (default: <|endoftext|>)"""
     line_by_line: bool = False  # text only: each line is a document
+    document_mark: Unset[str] = None  # text only: cuts documents wherever it stands (default: none)
     text_key: str = "text"  # text only: column or key in .parquet, .jsonl and hf:
     detokenizer: Unset[Literal["wikitext", "ptb", "lambada", "auto"]] = None
     """text only: undo the tokenization of a benchmark's files; words and bytes are counted before;

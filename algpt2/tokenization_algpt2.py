@@ -43,6 +43,7 @@ class TextTokenizer:
     Attributes:
         vocab_size: the largest id + 1, added tokens included.
         dtype: the smallest unsigned type that holds all ids.
+        end_of_text: the entry of `eot_id`.
         fingerprint: sha256 of the canonical tokenizer.json.
         special_ids: ids of all control codes.
         n_new_codes: number of control codes added since the tokenizer was saved.
@@ -56,7 +57,7 @@ class TextTokenizer:
         self._tokenizer = tokenizer
         self.folder = folder
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self._end_of_text = end_of_text
+        self.end_of_text = end_of_text
         self.eot_id: int = tokenizer.token_to_id(end_of_text)
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         self._json = tokenizer.to_str()
@@ -81,7 +82,7 @@ class TextTokenizer:
             return self
         tokenizer = Tokenizer.from_str(self._json)
         tokenizer.add_special_tokens([AddedToken(code, normalized=False) for code in new_codes])
-        result = TextTokenizer(tokenizer, self.folder, self._end_of_text)
+        result = TextTokenizer(tokenizer, self.folder, self.end_of_text)
         result.n_new_codes = len(new_codes)
         return result
 
@@ -111,7 +112,7 @@ class TextTokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         codes = [self.decode([i]) for i in self.special_ids]
-        config = _config("PreTrainedTokenizerFast", self._end_of_text, codes)
+        config = _config("PreTrainedTokenizerFast", self.end_of_text, codes)
         (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
         (folder / "tokenizer.json").write_text(self._json, encoding="utf-8")
         for name in () if self.n_new_codes else TOKENIZER_FILES:

@@ -5,8 +5,8 @@ member tells its kind by its suffix and is never opened, so absolute paths and "
 Anything damaged or cut off is a `Broken` that says where; no archive ends early in silence.
 """
 
+import contextlib
 import io
-import lzma
 import os
 import re
 import subprocess
@@ -62,7 +62,7 @@ class _Prefixed(_Readable):
 
     def readinto(self, buffer: memoryview) -> int:
         if not self._head:
-            return self._stream.readinto(buffer)
+            return self._stream.readinto1(buffer)  # not more: damage may come next
         n = min(len(self._head), len(buffer))
         buffer[:n], self._head = self._head[:n], self._head[n:]
         return n
@@ -111,16 +111,19 @@ class _Decompressed(_Readable):
     """The bytes of a decompressor; its errors become `Broken`."""
 
     def __init__(self, stream: Any, where: str) -> None:
-        self._stream, self._where = stream, where
+        self._stream, self._where, self._broken = stream, where, ""
 
     def readinto(self, buffer: memoryview) -> int:
+        if self._broken:  # again, for a reader that looked ahead
+            raise Broken(self._broken)
         try:
             content = self._stream.read(len(buffer))
-        except (OSError, EOFError, lzma.LZMAError) as error:
+        except unxz.ERRORS as error:
             if isinstance(error, OSError) and error.errno:  # of the disk, not of the data
                 raise
             reason = describe(error)
-            raise Broken(f"{self._where}: cannot be decompressed ({reason})") from None
+            self._broken = f"{self._where}: cannot be decompressed ({reason})"
+            raise Broken(self._broken) from None
         buffer[: len(content)] = content
         return len(content)
 
@@ -136,8 +139,11 @@ def byte_range(file: BinaryIO, start: int, stop: int) -> BinaryIO:
 
 
 def look_ahead(stream: BinaryIO, n: int) -> tuple[bytes, BinaryIO]:
-    """The first `n` bytes of a stream, and the stream with them."""
-    head = stream.read(n)
+    """The first `n` bytes of a stream, fewer before damage, and the stream with them."""
+    head = b""
+    with contextlib.suppress(Broken):  # which the stream raises again
+        while len(head) < n and (content := stream.read1(n - len(head))):
+            head += content
     return head, io.BufferedReader(_Prefixed(head, stream), BUFFER_BYTES)
 
 
@@ -151,12 +157,8 @@ def decompressed(
     """
     if compression is None:
         return file
-    if compression == "xz":
-        stream = _Process(file) if is_whole else unxz.XzStream(file)
-    else:
-        import pyarrow as pa  # its zstd notices a file that was cut off; `zstandard` does not
-
-        stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression)
+    in_process = is_whole and compression == "xz"
+    stream = _Process(file) if in_process else unxz.DecompressedStream(file, compression)
     return io.BufferedReader(_Decompressed(stream, where), BUFFER_BYTES)
 
 
@@ -309,6 +311,11 @@ class TarStream:
         self._position += len(content)
         return content
 
+    def _read1(self, n: int) -> bytes:
+        content = self._stream.read1(n)  # what there is before damage
+        self._position += len(content)
+        return content
+
     def _pass_over(self, n: int) -> None:
         """Move on by `n` bytes: with a seek where the stream can."""
         if self._size is not None and n > BLOCK and self._position + n <= self._size:
@@ -332,7 +339,7 @@ class _Content(_Readable):
         self._tar, self._left = tar, size
 
     def readinto(self, buffer: memoryview) -> int:
-        content = self._tar._read(min(len(buffer), self._left))
+        content = self._tar._read1(min(len(buffer), self._left))
         if not content and self._left and len(buffer):
             raise self._tar._broken(self._tar._position, "cut off")
         buffer[: len(content)] = content

@@ -1,6 +1,6 @@
 """Evaluation sets as files, and what a model scores on each of them.
 
-text      .txt .raw .tokens .jsonl .parquet (.gz, .zst): documents, each scored by itself
+text      .txt .raw .tokens .jsonl .parquet, or compressed: documents, each scored by itself
 shards    a folder of make_tfrecords.py: one stream, in which end-of-text is scored too
 lambada   .jsonl of LAMBADA (OpenAI's text, or context and continuation), or its plain text
 blimp     a folder of BLiMP's .jsonl files, or one file of it
@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ..corpus.documents import documents
-from ..corpus.parts import CorpusCounts, Reading
+from ..corpus.documents import documents, log_counts
+from ..corpus.parts import SKIP_HINT, BrokenInput, CorpusCounts, Reading, split_suffix
 from ..errors import UserError
 from ..options import TrainOptions
 from ..runs.start import Start, check_detokenizer, open_or_pack
@@ -40,7 +40,7 @@ from .scoring import (
     text_totals,
 )
 
-TEXT_FILE = re.compile(r"\.(txt|raw|tokens|jsonl|parquet)(\.gz|\.zst)?$")
+TEXT_SUFFIXES = (".txt", ".raw", ".tokens", ".jsonl", ".parquet")
 TRAINING_FILE = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")
 EXAMPLES = ("lambada", "blimp")  # kinds that --n_eval_examples shortens
 
@@ -108,7 +108,7 @@ def _folder_sets(folder: Path) -> Iterator[EvalSet]:
         yield EvalSet("shards", folder.resolve().name, (folder,))
         return
     visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    files = [path for path in visible if path.is_file() and TEXT_FILE.search(path.name)]
+    files = [path for path in visible if path.is_file() and _suffix(path) in TEXT_SUFFIXES]
     training = [path for path in files if TRAINING_FILE.search(path.name.lower())]
     if training:
         log(f"{folder}: training split left out ({', '.join(path.name for path in training)})")
@@ -125,12 +125,16 @@ def _folder_sets(folder: Path) -> Iterator[EvalSet]:
 
 def _kind(path: Path) -> str:
     is_lambada = "lambada" in path.name.lower()
-    if path.suffix != ".jsonl":
-        return "lambada" if is_lambada and path.suffix == ".txt" else "text"
-    first = next(_read_json_lines(path), {})
+    if _suffix(path) != ".jsonl":
+        return "lambada" if is_lambada and _suffix(path) == ".txt" else "text"
+    first = next(_read_rows(path))
     if "sentence_good" in first:
         return "blimp"
     return "lambada" if is_lambada or "continuation" in first else "text"
+
+
+def _suffix(path: Path) -> str:
+    return split_suffix(path.name)[0]
 
 
 def _name(path: Path) -> str:
@@ -157,7 +161,7 @@ def choose_detokenizer(eval_set: EvalSet, name: str | None) -> str | None:
     for pattern, detokenizer in ((r"^wiki\.|wikitext", "wikitext"), (r"^ptb\.", "ptb")):
         if re.search(pattern, path.name.lower()):
             return detokenizer
-    return "lambada" if eval_set.kind == "lambada" and path.suffix == ".txt" else None
+    return "lambada" if eval_set.kind == "lambada" and _suffix(path) == ".txt" else None
 
 
 def read_passages(path: Path) -> Iterator[tuple[str, str]]:
@@ -166,11 +170,10 @@ def read_passages(path: Path) -> Iterator[tuple[str, str]]:
     Raises:
         UserError: a line has neither `text` nor `context` and `continuation`, or a single word.
     """
-    if path.suffix == ".jsonl":
-        rows: Iterable[dict] = _read_json_lines(path)
+    if _suffix(path) == ".jsonl":
+        rows: Iterable[dict] = _read_rows(path)
     else:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        rows = ({"text": line} for line in lines if line.strip())
+        rows = ({"text": line} for line in read_texts(path, Reading(line_by_line=True)))
     for number, row in enumerate(rows, start=1):
         text = row.get("text", f"{row.get('context', '')} {row.get('continuation', '')}")
         context, _, word = str(text).strip().rpartition(" ")
@@ -186,10 +189,10 @@ def read_pairs(path: Path) -> Iterator[MinimalPair]:
         UserError: a field is missing.
     """
     names = ("UID", "linguistics_term", "field")
-    for number, row in enumerate(_read_json_lines(path), start=1):
+    for number, row in enumerate(_read_rows(path), start=1):
         missing = [n for n in ("sentence_good", "sentence_bad", *names) if n not in row]
         if missing:
-            raise UserError(f"{path}, line {number}: no {', '.join(missing)}: not BLiMP's")
+            raise UserError(f"{path}, row {number}: no {', '.join(missing)}: not BLiMP's")
         levels = ("paradigm", "phenomenon", "field")
         # One paradigm spells its field syntax/semantics, the others syntax_semantics.
         values = [str(row[name]).replace("/", "_") for name in names]
@@ -197,16 +200,23 @@ def read_pairs(path: Path) -> Iterator[MinimalPair]:
         yield MinimalPair(row["sentence_good"], row["sentence_bad"], ("all", *groups))
 
 
-def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: expected a JSON object")
-            yield row
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    return map(json.loads, read_texts(path, Reading(text_key=None)))
+
+
+def read_texts(path: Path, reading: Reading, counts: CorpusCounts | None = None) -> Iterator[str]:
+    """The documents of a file as the packer reads them; says what it changed or left out.
+
+    Raises:
+        UserError: damage, or a file without any document.
+    """
+    counts = CorpusCounts() if counts is None else counts
+    try:
+        yield from documents(str(path), reading, counts=counts)
+    except BrokenInput as error:
+        raise UserError(str(error).removesuffix(SKIP_HINT)) from None
+    if counts.empty or counts.undecodable or counts.end_marks:
+        log_counts(counts, reading.end_of_text or "", f": {path}")
 
 
 def decode_documents(rows: PackedRows, tokenizer: TextTokenizer) -> Iterator[str]:
@@ -280,17 +290,20 @@ class Evaluator:
         )  # fmt: skip
 
     def _score_text(self, eval_set: EvalSet, change: Callable[[str], str], tick: Tick) -> Score:
-        path, counts = str(eval_set.paths[0]), CorpusCounts()
-        reading = Reading(self.options.data.text_key)
+        path, counts, data = eval_set.paths[0], CorpusCounts(), self.options.data
+        reading = Reading(
+            data.text_key, data.line_by_line, document_mark=data.document_mark,
+            end_of_text=self.tokenizer.end_of_text,
+        )  # fmt: skip
 
         def streams() -> Iterator[np.ndarray]:
-            for text in documents(path, reading, counts=counts):
+            for text in read_texts(path, reading, counts):
                 (ids,) = self.tokenizer.encode_batch([change(text)])
                 yield np.array([self.tokenizer.eot_id, *ids], self.tokenizer.dtype)
 
         nats, n_tokens = text_nats(self.model, streams(), self.stride, tick)
         totals = TextTotals(n_tokens, counts.words + counts.line_ends, counts.text_bytes)
-        texts = map(change, documents(path, reading))
+        texts = map(change, read_texts(path, reading))
         return self._with_compressors(nats, n_tokens, totals, texts)
 
     def _score_shards(self, eval_set: EvalSet, change: Callable[[str], str], tick: Tick) -> Score:

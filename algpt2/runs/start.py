@@ -353,6 +353,8 @@ def pack_into_cache(
         key["control_codes"] = list(data.control_codes)
     if data.detokenizer:
         key["detokenizer"] = data.detokenizer
+    if data.document_mark:
+        key["document_mark"] = data.document_mark
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir() / f"packed-{digest}"
     if not (folder / MANIFEST_FILE).is_file():
@@ -360,7 +362,7 @@ def pack_into_cache(
     options = PackOptions(
         tuple(paths), str(folder), seq_len=seq_len, use_control_codes=data.use_control_codes,
         line_by_line=data.line_by_line, text_key=data.text_key, control_codes=data.control_codes,
-        detokenizer=data.detokenizer,
+        detokenizer=data.detokenizer, document_mark=data.document_mark,
     )  # fmt: skip
     pack(options, tokenizer)
     return folder

@@ -25,6 +25,7 @@ from algpt2.evaluation.sets import (
     choose_detokenizer,
     evaluation_of_rows,
     find_sets,
+    read_pairs,
     read_passages,
     row_streams,
 )
@@ -80,6 +81,9 @@ def bench(tmp_path_factory):
     return folder
 
 
+PAIR_NAMES = {"UID": "number", "linguistics_term": "agreement", "field": "syntax"}
+
+
 def json_lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
@@ -123,7 +127,7 @@ def test_files_that_are_named_are_read_whatever_their_name(bench, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "no such file"), ({}, "expected text"), ({"a.jsonl": "[1]"}, "a.jsonl, line 1.*obj"),
-     ({"a.jsonl": "{"}, "a.jsonl, line 1: not JSON")],
+     ({"a.jsonl": "{"}, "a.jsonl, line 1: expected a JSON object, Expecting")],
 )  # fmt: skip
 def test_a_source_without_sets_is_named(tmp_path, content, message):
     folder = tmp_path / "sets"
@@ -257,6 +261,46 @@ def test_lambada_is_read_in_every_form_it_comes_in(tmp_path):
         [*read_passages(tmp_path / "lambada.txt")]
 
 
+MARK = "\N{ZERO WIDTH NO-BREAK SPACE}".encode()
+
+
+@pytest.mark.parametrize(
+    ("change", "n"),
+    [
+        (lambda raw: MARK + raw, 3), (lambda raw: b"\n" + raw, 3), (gzip.compress, 3),
+        (lambda raw: raw.replace(b"\n", b"\r\n"), 3), (lambda raw: raw.replace(b"\n", b"\r"), 3),
+        (lambda raw: raw.replace(b"cd", b"c\xff"), 3), (lambda raw: b"", 0),
+        (lambda raw: raw.decode().encode("utf-16"), 0),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["lambada.txt", "lambada.jsonl", "blimp.jsonl", "text.jsonl"])
+def test_sets_are_read_as_the_packer_reads_text(tmp_path, tokenizer_folder, name, change, n):
+    texts = ["ab cd ef", "gh ij", "kl mn"]
+    rows = [{"text": t, "sentence_good": t, "sentence_bad": "a"} | PAIR_NAMES for t in texts]
+    if name != "blimp.jsonl":
+        rows = [{"text": row["text"]} for row in rows]
+    content = "\n".join(texts) + "\n" if name.endswith(".txt") else json_lines(rows)
+    changed = change(content.encode())
+    path = tmp_path / (f"{name}.gz" if change is gzip.compress else name)
+    path.write_bytes(changed)
+    evaluator = uniform_evaluator(load_tokenizer(str(tokenizer_folder)), context=64)
+    if not n:
+        with pytest.raises(UserError, match=r"no document|found UTF-16") as error:
+            evaluator.evaluate(find_sets([str(path)])[0])
+        assert "--skip_broken" not in str(error.value)
+        return
+    (one,) = find_sets([str(path)])
+    assert one.kind == path.name.split(".")[0]
+    read = {"lambada": read_passages, "blimp": read_pairs}.get(one.kind)
+    assert len([*read(path)]) == n if read else evaluator.evaluate(one).details["words"] == 7
+    whole = tmp_path / "whole" / name
+    whole.parent.mkdir()
+    whole.write_text(content)
+    if b"\xff" not in changed:
+        (expected,) = find_sets([str(whole)])
+        assert evaluator.evaluate(one).details == evaluator.evaluate(expected).details
+
+
 def test_blimp_has_paradigms_phenomena_and_fields(bench, tmp_path, tokenizer_folder):
     (one,) = find_sets([str(bench / "blimp")])
     tokenizer = load_tokenizer(str(tokenizer_folder))
@@ -273,7 +317,7 @@ def test_blimp_has_paradigms_phenomena_and_fields(bench, tmp_path, tokenizer_fol
     first = uniform_evaluator(tokenizer, n_eval_examples=1).evaluate(one)
     assert first.details["groups"]["all"]["pairs"] == 2  # of each file
     (tmp_path / "odd.jsonl").write_text(json_lines([{"sentence_good": "x"}]))
-    with pytest.raises(UserError, match="line 1: no sentence_bad, UID"):
+    with pytest.raises(UserError, match="row 1: no sentence_bad, UID"):
         uniform_evaluator(tokenizer).evaluate(find_sets([str(tmp_path / "odd.jsonl")])[0])
 
 
