@@ -37,6 +37,10 @@ TOKENIZER_FILES = (
 )
 
 
+class NoTokenizerError(UserError):
+    """A folder or a model of the hub has no tokenizer that we read."""
+
+
 class TextTokenizer:
     """A trained tokenizer as the rest of the project uses it: text to arrays of ids and back.
 
@@ -249,14 +253,15 @@ def load_tokenizer(name_or_folder: str) -> TextTokenizer:
     """A tokenizer from a folder, from this package (`algpt2-tokenizer`) or from the hub (`gpt2`).
 
     Raises:
-        UserError: there is no tokenizer.json, nor vocab.json and merges.txt, or they are damaged.
+        NoTokenizerError: there is no tokenizer.json, nor vocab.json and merges.txt.
+        UserError: they are damaged.
     """
     path = Path(name_or_folder).expanduser()
     for folder in (path, PACKAGE_FOLDER / path, PACKAGE_FOLDER.parent / path):
         if _holds_tokenizer(folder):
             return _load_folder(folder)
     if path.exists():
-        raise UserError(
+        raise NoTokenizerError(
             f"{name_or_folder} holds no tokenizer: expected a folder with tokenizer.json,"
             " or vocab.json and merges.txt"
         )
@@ -346,7 +351,7 @@ def _download(name: str) -> Path:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{missing}, and not from the hub: {reason}") from None
     if not _holds_tokenizer(folder):
-        raise UserError(
+        raise NoTokenizerError(
             f"{name}: the hub's model has no tokenizer.json, nor vocab.json and merges.txt"
         )
     return folder

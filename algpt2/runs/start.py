@@ -27,7 +27,7 @@ from ..shards.tfrecords import (
 )
 from ..system.console import log
 from ..system.files import cache_dir
-from ..tokenization_algpt2 import TextTokenizer, load_tokenizer
+from ..tokenization_algpt2 import NoTokenizerError, TextTokenizer, load_tokenizer
 from .checkpoints import Checkpoint, checkpoint_folders, find_checkpoint
 from .mirror import fetch_checkpoint
 
@@ -70,6 +70,15 @@ class Start:
     def loads_weights(self) -> bool:
         """Whether the model takes the weights of `source`."""
         return bool(self.options.checkpoint and not self.options.from_scratch)
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Folder or name of the tokenizer: of the weights; of the config, if it has one."""
+        files = ("tokenizer.json", "vocab.json")
+        if self.init_from or self.loads_weights or self.folder is None:
+            return self.init_from or str(self.source)
+        has_own = any((self.folder / name).is_file() for name in files)
+        return str(self.folder) if has_own else DEFAULT_TOKENIZER
 
     @property
     def result_folder(self) -> Path:
@@ -180,22 +189,18 @@ def find_config_folder(name: str) -> Path:
 
 
 def choose_tokenizer(start: Start, data: DataOptions, *, trains: bool = True) -> TextTokenizer:
-    """`--tokenizer`, else that of `--checkpoint`, `--init_from` or the config, else the packaged
-    one.
+    """`--tokenizer`, else that of `--checkpoint`, `--init_from` or the config; a config without one
+    gets the packaged tokenizer, weights without one do not.
 
     Raises:
         UserError: unknown config, checkpoint or tokenizer, or one that does not fit the other:
             said now, before hours of packing. Control codes that are new, unless the run `trains`.
     """
     folder = start.folder
-    if data.tokenizer:
-        tokenizer = load_tokenizer(data.tokenizer)
-    elif start.init_from or folder is None:
-        tokenizer = load_tokenizer(start.init_from or str(start.source))
-    elif any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        tokenizer = load_tokenizer(str(folder))
-    else:
-        tokenizer = load_tokenizer(DEFAULT_TOKENIZER)
+    try:
+        tokenizer = load_tokenizer(data.tokenizer or start.tokenizer_source)
+    except NoTokenizerError as error:
+        raise UserError(f"{error}; --tokenizer names the one that the weights need") from None
     tokenizer = tokenizer.with_control_codes(data.control_codes or ())
     if tokenizer.n_new_codes and not trains:
         raise UserError(

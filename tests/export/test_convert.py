@@ -274,3 +274,11 @@ def test_a_trained_model_gives_a_better_start_than_chance(
 def test_init_from_and_checkpoint_exclude_each_other(flags):
     with pytest.raises(UserError, match="--init_from and --checkpoint"):
         train_pt.main(flags("run", init_from="a", checkpoint="b"))
+
+
+def test_weights_alone_are_exported_and_a_line_says_so(tmp_path, capsys):
+    random_model(variant()).save_pretrained(tmp_path / "model")
+    export_gpt2.main([str(tmp_path / "model"), str(tmp_path / "out")])
+    assert "the export has no tokenizer" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("*token*"))
+    GPT2LMHeadModel.from_pretrained(tmp_path / "out")

@@ -1,12 +1,14 @@
-"""What a run starts from is found once: no checkpoint is read twice to verify it."""
+"""What a run starts from is found once, whole, and never replaced by a default."""
 
 from collections import Counter
 
 import pytest
 from helpers import as_flags
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import train_pt
 import train_tf
+from algpt2.errors import UserError
 from algpt2.runs import checkpoints
 from algpt2.system import files
 
@@ -65,3 +67,47 @@ def test_each_checkpoint_is_verified_once(
         main(as_flags(options | {"save_dir": tmp_path / name, "eval_steps": 2}))
         new = str(tmp_path / name / f".checkpoint-00000002.partial/{weights}")
         assert hashed() == {last: 1, new: 1}
+
+
+# --- the tokenizer of somebody else's weights ----------------------------------------------------
+
+SHAPE = {
+    "vocab_size": 300, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2,
+    "bos_token_id": 299, "eos_token_id": 299,
+}  # fmt: skip
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A stock GPT-2 without tokenizer files."""
+    folder = tmp_path / "foreign"
+    GPT2LMHeadModel(GPT2Config(**SHAPE)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("framework", SCRIPTS)
+@pytest.mark.parametrize("mode", ["train", "eval_only", "sample_only"])
+def test_no_default_replaces_the_tokenizer_of_weights(framework, mode, foreign, corpus, tmp_path):
+    options = {
+        "train_path": corpus / "train", "val_path": corpus / "valid", "device": "cpu",
+        "save_dir": tmp_path / "run", "seq_len": 16, "checkpoint": foreign,
+    }  # fmt: skip
+    flag = [f"--{mode}"] if mode.endswith("only") else []
+    with pytest.raises(UserError, match=r"foreign holds no tokenizer.*--tokenizer names"):
+        SCRIPTS[framework].main([*flag, *as_flags(options)])
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_from_weights_without_a_tokenizer_asks_for_it(foreign, flags):
+    with pytest.raises(UserError, match=r"foreign holds no tokenizer.*--tokenizer names"):
+        train_pt.main(flags("run", init_from=foreign, tokenizer=None))
+
+
+def test_weights_without_a_tokenizer_are_evaluated_with_the_one_that_is_named(
+    foreign, corpus, tokenizer_folder, capsys
+):
+    paths = {"val_path": corpus / "valid", "device": "cpu", "seq_len": 16}
+    train_pt.main(
+        ["--eval_only", *as_flags(paths | {"checkpoint": foreign, "tokenizer": tokenizer_folder})]
+    )
+    assert "nats/token" in capsys.readouterr().out
