@@ -17,7 +17,7 @@ from ..modeling_algpt2 import ALGPT2LMHeadModel
 from ..runs.checkpoints import STATE_FILE, find_checkpoint
 from ..system.console import log
 from ..system.memory import check_memory
-from ..tokenization_algpt2 import NoTokenizerError, TextTokenizer, load_tokenizer
+from ..tokenization_algpt2 import NoTokenizerError, TextTokenizer, load_tokenizer, set_token_ids
 from .convert import Tensors, check_start, gpt2_config, gpt2_tensors, start_tensors
 from .model_card import limit_tokenizer
 
@@ -65,6 +65,8 @@ def export_gpt2(checkpoint: str, out: Path, *, overwrite: bool = False) -> GPT2C
     source = find_checkpoint(Path(checkpoint), log) if Path(checkpoint).exists() else checkpoint
     config, tensors = load_as_gpt2(str(source))
     tokenizer = own_tokenizer(str(source))
+    if tokenizer is not None:
+        set_token_ids(tokenizer.token_ids, config)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -27,7 +27,7 @@ from ..shards.tfrecords import (
 )
 from ..system.console import log
 from ..system.files import cache_dir
-from ..tokenization_algpt2 import NoTokenizerError, TextTokenizer, load_tokenizer
+from ..tokenization_algpt2 import NoTokenizerError, TextTokenizer, load_tokenizer, set_token_ids
 from .checkpoints import Checkpoint, checkpoint_folders, find_checkpoint
 from .mirror import fetch_checkpoint
 
@@ -43,6 +43,7 @@ class Start:
     init_from: str | None  # folder of `--init_from`, or a name on the hub
     tokenizer: TextTokenizer | None = None  # None: not chosen, or unknown
     seq_len: int | None = None  # tokens of a row
+    eot_id: int | None = None  # of packed rows, whose tokenizer may be unknown
 
     @classmethod
     def find(cls, options: ModelOptions) -> "Start":
@@ -113,7 +114,14 @@ class Start:
     def with_shards(self, data: DataOptions, manifest: Manifest) -> "Start":
         """The start of a run on packed shards, with their tokenizer if this machine has it."""
         tokenizer = tokenizer_of(self, data, manifest)
-        return replace(self, tokenizer=tokenizer, seq_len=manifest.seq_len)
+        return replace(self, tokenizer=tokenizer, seq_len=manifest.seq_len, eot_id=manifest.eot_id)
+
+    def set_token_ids(self, *configs: Any) -> None:
+        """Have a model's configurations name the ids of the tokenizer, or of the packed rows."""
+        if self.tokenizer is not None:
+            set_token_ids(self.tokenizer.token_ids, *configs)
+        elif self.eot_id is not None:
+            set_token_ids({"bos_token_id": self.eot_id, "eos_token_id": self.eot_id}, *configs)
 
     def config(self) -> dict[str, Any]:
         """The whole configuration, defaults included.

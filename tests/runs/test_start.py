@@ -1,15 +1,21 @@
 """What a run starts from is found once, whole, and never replaced by a default."""
 
+import importlib
+import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from helpers import as_flags
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import train_pt
 import train_tf
+from algpt2 import ALGPT2Config
 from algpt2.errors import UserError
+from algpt2.options import DataOptions, ModelOptions, TrainOptions
 from algpt2.runs import checkpoints
+from algpt2.runs.start import Start, find_start
 from algpt2.system import files
 
 SCRIPTS = {"pt": train_pt, "tf": train_tf}
@@ -111,3 +117,46 @@ def test_weights_without_a_tokenizer_are_evaluated_with_the_one_that_is_named(
         ["--eval_only", *as_flags(paths | {"checkpoint": foreign, "tokenizer": tokenizer_folder})]
     )
     assert "nats/token" in capsys.readouterr().out
+
+
+# --- the ids of bos, eos and pad -----------------------------------------------------------------
+
+
+def build_model(framework, start):
+    return importlib.import_module(f"algpt2.training.trainer_{framework}").build_model(start)
+
+
+def token_ids(folder):
+    """bos, eos and pad of config.json and of generation_config.json."""
+    files = [json.loads((folder / f"{f}config.json").read_text()) for f in ("", "generation_")]
+    return [[file.get(f"{role}_token_id") for role in ("bos", "eos", "pad")] for file in files]
+
+
+@pytest.mark.parametrize(
+    ("framework", "way"),
+    [(f, way) for f in SCRIPTS for way in ("config", "checkpoint", "new code")]
+    + [("pt", "init_from")],
+)
+def test_a_model_has_the_ids_of_its_tokenizer(
+    framework, way, foreign_model, foreign_tokenizer, tmp_path
+):
+    model = {"config": str(foreign_model)}
+    if way in ("checkpoint", "new code"):
+        model = {"checkpoint": str(foreign_model)}
+    elif way == "init_from":
+        ALGPT2Config.from_pretrained(foreign_model).save_pretrained(tmp_path / "own")
+        model = {"config": str(tmp_path / "own"), "init_from": str(foreign_model)}
+    data = DataOptions(control_codes=("<|new|>",) if way == "new code" else None)
+    start = find_start(TrainOptions(data=data, model=ModelOptions(**model)))
+    folder = tmp_path / "saved"
+    build_model(framework, start).save_pretrained(folder)
+    start.tokenizer.save(folder)
+    assert token_ids(folder) == [[1, 0, 2]] * 2
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert [theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id] == [1, 0, 2]
+
+
+def test_a_model_of_packed_rows_alone_has_their_end_of_text(foreign_model):
+    start = replace(Start.find(ModelOptions(config=str(foreign_model))), eot_id=0)
+    config = build_model("tf", start).config
+    assert (config.bos_token_id, config.eos_token_id) == (0, 0)
