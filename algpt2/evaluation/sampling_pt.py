@@ -28,11 +28,11 @@ def sample_texts(
     The function restores the random number generators and the mode of the model.
 
     Args:
-        code: control code before the prompt; None: end-of-text.
+        code: control code before the prompt; None: bos, else end-of-text.
         write: called with each new piece of the text, if `n_samples` is 1.
         check: called before each token; it may raise.
     """
-    start_id = tokenizer.eot_id if code is None else tokenizer.token_to_id(code)
+    start_id = None if code is None else tokenizer.token_to_id(code)
     stream = GenerateStream(tokenizer, write) if write and options.n_samples == 1 else None
     was_training = model.training
     model.eval()
