@@ -37,11 +37,16 @@ TOKENIZER_FILES = (
 )
 
 
+class NoTokenizerError(UserError):
+    """A folder or a model of the hub has no tokenizer that we read."""
+
+
 class TextTokenizer:
     """A trained tokenizer as the rest of the project uses it: text to arrays of ids and back.
 
     Attributes:
         vocab_size: the largest id + 1, added tokens included.
+        eot_id, bos_id, pad_id: ids of end-of-text, and of bos and padding (None: it has none).
         dtype: the smallest unsigned type that holds all ids.
         end_of_text: the entry of `eot_id`.
         fingerprint: sha256 of the canonical tokenizer.json.
@@ -49,7 +54,10 @@ class TextTokenizer:
         n_new_codes: number of control codes added since the tokenizer was saved.
     """
 
-    def __init__(self, tokenizer: Tokenizer, folder: Path, end_of_text: str) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, folder: Path, end_of_text: str, bos: str | None = None,
+        pad: str | None = None,
+    ) -> None:  # fmt: skip
         # A downloaded tokenizer.json may truncate and pad its texts; a corpus needs neither.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -57,8 +65,9 @@ class TextTokenizer:
         self._tokenizer = tokenizer
         self.folder = folder
         self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.end_of_text = end_of_text
+        self.end_of_text, self._roles = end_of_text, (end_of_text, bos, pad)
         self.eot_id: int = tokenizer.token_to_id(end_of_text)
+        self.bos_id, self.pad_id = (token and tokenizer.token_to_id(token) for token in (bos, pad))
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         self._json = tokenizer.to_str()
         self.fingerprint = hashlib.sha256(self._json.encode()).hexdigest()
@@ -82,9 +91,20 @@ class TextTokenizer:
             return self
         tokenizer = Tokenizer.from_str(self._json)
         tokenizer.add_special_tokens([AddedToken(code, normalized=False) for code in new_codes])
-        result = TextTokenizer(tokenizer, self.folder, self.end_of_text)
+        result = TextTokenizer(tokenizer, self.folder, *self._roles)
         result.n_new_codes = len(new_codes)
         return result
+
+    @property
+    def start_id(self) -> int:
+        """What stands before a text: bos where there is one, else end-of-text."""
+        return self.eot_id if self.bos_id is None else self.bos_id
+
+    @property
+    def token_ids(self) -> dict[str, int | None]:
+        """What a model's configuration repeats of the tokenizer; see `set_token_ids`."""
+        ids = {"bos": self.start_id, "eos": self.eot_id, "pad": self.pad_id}
+        return {f"{role}_token_id": i for role, i in ids.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the folder's name only, so that a worker process loads it once for all tasks."""
@@ -112,7 +132,7 @@ class TextTokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         codes = [self.decode([i]) for i in self.special_ids]
-        config = _config("PreTrainedTokenizerFast", self.end_of_text, codes)
+        config = _config("PreTrainedTokenizerFast", *self._roles, codes=codes)
         (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
         (folder / "tokenizer.json").write_text(self._json, encoding="utf-8")
         for name in () if self.n_new_codes else TOKENIZER_FILES:
@@ -221,24 +241,29 @@ def _file_texts(tokenizer: Tokenizer) -> dict[str, str]:
     return {
         "vocab.json": json.dumps(vocab, ensure_ascii=False, separators=(",", ":")) + "\n",
         "merges.txt": "#version: 0.2\n" + merges,
-        "tokenizer_config.json": _config("GPT2Tokenizer", END_OF_TEXT, codes),
+        "tokenizer_config.json": _config("GPT2Tokenizer", END_OF_TEXT, codes=codes),
         "tokenizer.json": tokenizer.to_str(),
     }
 
 
-def _config(tokenizer_class: str, end_of_text: str, codes: Sequence[str] = ()) -> str:
+def _config(
+    tokenizer_class: str, end_of_text: str, bos: str | None = None, pad: str | None = None,
+    codes: Sequence[str] = (),
+) -> str:  # fmt: skip
     """tokenizer_config.json as transformers reads it."""
     config = {
         "add_prefix_space": False,
-        "bos_token": end_of_text,
+        "bos_token": bos or end_of_text,
         "clean_up_tokenization_spaces": False,
         "eos_token": end_of_text,
         "model_max_length": MODEL_MAX_LENGTH,
         "tokenizer_class": tokenizer_class,
         "unk_token": end_of_text,
     }
+    if pad is not None:
+        config["pad_token"] = pad
     # transformers 4 fails on a list here, even an empty one.
-    if extra := [code for code in codes if code != end_of_text]:
+    if extra := [code for code in codes if code not in (end_of_text, bos, pad)]:
         config["extra_special_tokens"] = extra
     return json.dumps(config, indent=2) + "\n"
 
@@ -250,14 +275,15 @@ def load_tokenizer(name_or_folder: str) -> TextTokenizer:
     """A tokenizer from a folder, from this package (`algpt2-tokenizer`) or from the hub (`gpt2`).
 
     Raises:
-        UserError: there is no tokenizer.json, nor vocab.json and merges.txt, or they are damaged.
+        NoTokenizerError: there is no tokenizer.json, nor vocab.json and merges.txt.
+        UserError: they are damaged.
     """
     path = Path(name_or_folder).expanduser()
     for folder in (path, PACKAGE_FOLDER / path, PACKAGE_FOLDER.parent / path):
         if _holds_tokenizer(folder):
             return _load_folder(folder)
     if path.exists():
-        raise UserError(
+        raise NoTokenizerError(
             f"{name_or_folder} holds no tokenizer: expected a folder with tokenizer.json,"
             " or vocab.json and merges.txt"
         )
@@ -278,6 +304,7 @@ def _load_folder(folder: Path) -> TextTokenizer:
         else:
             tokenizer = _load_vocab_and_merges(folder)
         end_of_text = _end_of_text(tokenizer, folder)
+        bos, pad = (_named_token(folder, role) for role in ("bos_token", "pad_token"))
     except UserError:
         raise
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -285,7 +312,7 @@ def _load_folder(folder: Path) -> TextTokenizer:
     except BaseException as error:  # Rust raises a bare Exception, or a panic outside Exception
         reason = f"the tokenizer's files are damaged ({describe(error)[:300]})"
         raise UserError(f"{folder}: {reason}") from None
-    return TextTokenizer(tokenizer, folder, end_of_text)
+    return TextTokenizer(tokenizer, folder, end_of_text, bos, pad)
 
 
 def _check_ids(folder: Path) -> None:
@@ -323,15 +350,33 @@ def _load_vocab_and_merges(folder: Path) -> Tokenizer:
 
 
 def _end_of_text(tokenizer: Tokenizer, folder: Path) -> str:
-    """`<|endoftext|>` if the vocabulary has it, else the eos_token of tokenizer_config.json."""
+    """`<|endoftext|>` if the vocabulary has it, else the folder's eos_token."""
     token = END_OF_TEXT
-    config_path = folder / "tokenizer_config.json"
-    if tokenizer.token_to_id(token) is None and config_path.is_file():
-        token = json.loads(config_path.read_text(encoding="utf-8")).get("eos_token")
-        token = token["content"] if isinstance(token, dict) else token
+    if tokenizer.token_to_id(token) is None:
+        token = _named_token(folder, "eos_token")
     if token is None or tokenizer.token_to_id(token) is None:
         raise UserError(f"{folder}: the vocabulary has no {END_OF_TEXT} and no eos_token")
     return token
+
+
+def _named_token(folder: Path, role: str) -> str | None:
+    """The token of a role, such as "bos_token", in the folder's files; None: it has none."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            token = json.loads((folder / name).read_text(encoding="utf-8")).get(role)
+            if token is not None:
+                return token["content"] if isinstance(token, dict) else token
+    return None
+
+
+def set_token_ids(ids: dict[str, int | None], *configs: Any) -> None:
+    """Write bos, eos and pad into configurations of transformers (None is skipped), so that no text
+    is generated past its end. Several ends stay if the tokenizer's is among them."""
+    for config in filter(None, configs):
+        for key, value in ids.items():
+            before = getattr(config, key, None)
+            if not (isinstance(before, list) and value in before):
+                setattr(config, key, value)
 
 
 def _download(name: str) -> Path:
@@ -347,7 +392,7 @@ def _download(name: str) -> Path:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{missing}, and not from the hub: {reason}") from None
     if not _holds_tokenizer(folder):
-        raise UserError(
+        raise NoTokenizerError(
             f"{name}: the hub's model has no tokenizer.json, nor vocab.json and merges.txt"
         )
     return folder

@@ -77,6 +77,16 @@ def choose_sets(options: TrainOptions, start: Start) -> list[EvalSet]:
     return [EvalSet("shards", public_names(data.val_path), (rows.folder,))]
 
 
+def choose_code(options: TrainOptions) -> str | None:
+    """The control code before each text of `--eval_sets`; None: bos, else end-of-text."""
+    codes = options.data.control_codes or ()
+    if not options.eval.eval_sets or not codes:
+        return None  # packed rows have theirs
+    if len(codes) > 1:
+        raise UserError(f"--control_codes {' '.join(codes)} with --eval_sets: expected one code")
+    return codes[0]
+
+
 def find_sets(sources: Sequence[str]) -> list[EvalSet]:
     """The sets in files and folders, each once, in the order of their paths.
 
@@ -258,9 +268,12 @@ class Evaluator:
             precision: name of the number format of matrix products.
             checkpoint: name of the checkpoint.
         Raises:
-            UserError: --stride is larger than the context.
+            UserError: --stride is larger than the context; several --control_codes.
         """
         self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.code = choose_code(options)
+        # What stands before each text: bos where there is one, as in lm-evaluation-harness.
+        self.start_id = tokenizer.token_to_id(self.code) if self.code else tokenizer.start_id
         self.stride = options.eval.stride or model.context
         if self.stride > model.context:
             raise UserError(f"--stride {self.stride}: expected 1 to {model.context}, the context")
@@ -286,7 +299,8 @@ class Evaluator:
         n_examples = self.options.eval.n_eval_examples if eval_set.kind in EXAMPLES else None
         return Evaluation(
             set=eval_set.name, sha256=fingerprint(eval_set), n_eval_examples=n_examples,
-            measures=tuple(measures), details=details, text=_text_seen(detokenizer), **self.means,
+            measures=tuple(measures), details=details,
+            text=_text_seen(detokenizer, self.code), **self.means,
         )  # fmt: skip
 
     def _score_text(self, eval_set: EvalSet, change: Callable[[str], str], tick: Tick) -> Score:
@@ -299,7 +313,7 @@ class Evaluator:
         def streams() -> Iterator[np.ndarray]:
             for text in read_texts(path, reading, counts):
                 (ids,) = self.tokenizer.encode_batch([change(text)])
-                yield np.array([self.tokenizer.eot_id, *ids], self.tokenizer.dtype)
+                yield np.array([self.start_id, *ids], self.tokenizer.dtype)
 
         nats, n_tokens = text_nats(self.model, streams(), self.stride, tick)
         totals = TextTotals(n_tokens, counts.words + counts.line_ends, counts.text_bytes)
@@ -332,8 +346,8 @@ class Evaluator:
             change(f"{context} {word}").rpartition(" ")[::2]
             for context, word in self._first(read_passages(eval_set.paths[0]))
         )
-        encode, end_of_text = self.tokenizer.encode_batch, self.tokenizer.eot_id
-        score = score_lambada(self.model, passages, encode, end_of_text, tick)
+        encode = self.tokenizer.encode_batch
+        score = score_lambada(self.model, passages, encode, self.start_id, tick)
         over = f"{score.passages:,} passages"
         return [
             Measure("accuracy, last word", 100 * score.word_accuracy, "%", over),
@@ -345,8 +359,8 @@ class Evaluator:
     def _score_blimp(self, eval_set: EvalSet, change: Callable[[str], str], tick: Tick) -> Score:
         files = (self._first(read_pairs(path)) for path in eval_set.paths)
         pairs = itertools.chain.from_iterable(files)
-        encode, end_of_text = self.tokenizer.encode_batch, self.tokenizer.eot_id
-        groups = score_blimp(self.model, pairs, encode, end_of_text, tick)
+        encode = self.tokenizer.encode_batch
+        groups = score_blimp(self.model, pairs, encode, self.start_id, tick)
         paradigms = [accuracy for name, (accuracy, _) in groups.items() if _is_paradigm(name)]
         mean = Measure(
             "accuracy", 100 * float(np.mean(paradigms)), "%", f"mean of {len(paradigms)} paradigms"
@@ -387,8 +401,9 @@ def evaluation_of_rows(
     )  # fmt: skip
 
 
-def _text_seen(detokenizer: str | None) -> str:
-    return f"{detokenizer} detokenizer" if detokenizer else "as in the file"
+def _text_seen(detokenizer: str | None, code: str | None = None) -> str:
+    seen = f"{detokenizer} detokenizer" if detokenizer else "as in the file"
+    return f"{seen}, behind {code}" if code else seen
 
 
 def _means(checkpoint: str, context: int, stride: int, precision: str) -> dict[str, Any]:

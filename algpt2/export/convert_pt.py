@@ -17,7 +17,7 @@ from ..modeling_algpt2 import ALGPT2LMHeadModel
 from ..runs.checkpoints import STATE_FILE, find_checkpoint
 from ..system.console import log
 from ..system.memory import check_memory
-from ..tokenization_algpt2 import load_tokenizer
+from ..tokenization_algpt2 import NoTokenizerError, TextTokenizer, load_tokenizer, set_token_ids
 from .convert import Tensors, check_start, gpt2_config, gpt2_tensors, start_tensors
 from .model_card import limit_tokenizer
 
@@ -50,7 +50,8 @@ def load_as_gpt2(source: str) -> tuple[GPT2Config, Tensors]:
 
 
 def export_gpt2(checkpoint: str, out: Path, *, overwrite: bool = False) -> GPT2Config:
-    """Write an ALGPT2 as a stock GPT-2: configuration, weights and tokenizer, all or nothing.
+    """Write an ALGPT2 as a stock GPT-2: configuration, weights and tokenizer (if there is one), all
+    or nothing.
 
     Raises:
         UserError: `checkpoint` holds no ALGPT2, `out` is a checkpoint of a run, or `out` is not
@@ -63,7 +64,9 @@ def export_gpt2(checkpoint: str, out: Path, *, overwrite: bool = False) -> GPT2C
         raise UserError(f"{out} is not empty: choose another folder, or --overwrite its files")
     source = find_checkpoint(Path(checkpoint), log) if Path(checkpoint).exists() else checkpoint
     config, tensors = load_as_gpt2(str(source))
-    tokenizer = load_tokenizer(str(source))
+    tokenizer = own_tokenizer(str(source))
+    if tokenizer is not None:
+        set_token_ids(tokenizer.token_ids, config)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -73,7 +76,8 @@ def export_gpt2(checkpoint: str, out: Path, *, overwrite: bool = False) -> GPT2C
         save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
         # safetensors lets only the owner read the file; an export is for everyone.
         (partial / WEIGHTS_FILE).chmod((partial / "config.json").stat().st_mode)
-        tokenizer.save(partial)
+        if tokenizer is not None:
+            tokenizer.save(partial)
         limit_tokenizer(partial)
         out.mkdir(parents=True, exist_ok=True)
         for path in partial.iterdir():
@@ -81,6 +85,15 @@ def export_gpt2(checkpoint: str, out: Path, *, overwrite: bool = False) -> GPT2C
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return config
+
+
+def own_tokenizer(source: str) -> TextTokenizer | None:
+    """The tokenizer of a checkpoint; None, and a line that says so, for weights alone."""
+    try:
+        return load_tokenizer(source)
+    except NoTokenizerError as error:
+        log(f"the export has no tokenizer: {error}")
+        return None
 
 
 def start_model(model: Any, source: str, blocks: Sequence[str]) -> None:

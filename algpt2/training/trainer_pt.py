@@ -64,6 +64,7 @@ def build_model(start: Start) -> nn.Module:
             start_model(model, start.init_from, options.init_blocks or ("mean",))
         if tokenizer.vocab_size > model.config.vocab_size:
             add_embeddings(model, tokenizer.vocab_size)
+        start.set_token_ids(model.config, getattr(model, "generation_config", None))
     except UserError:
         raise
     except Exception as error:  # a damaged file can make transformers raise anything

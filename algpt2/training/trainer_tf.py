@@ -54,6 +54,7 @@ def build_model(start: Start, dtype: str = "float32", seed: int = 0) -> TFALGPT2
             model = TFALGPT2LMHeadModel(config, dtype=dtype, seed=seed)
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             model = add_embeddings(model, tokenizer.vocab_size, dtype)
+        start.set_token_ids(model.config)
     except UserError:
         raise
     except Exception as error:  # a damaged file can make transformers raise anything

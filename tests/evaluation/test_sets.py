@@ -88,7 +88,7 @@ def json_lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def uniform_evaluator(tokenizer, context=32, detokenizer=None, **options):
+def uniform_evaluator(tokenizer, context=32, detokenizer=None, codes=None, **options):
     """A model that knows nothing: every token has the same probability, the first is likeliest."""
 
     def score(rows):
@@ -98,7 +98,7 @@ def uniform_evaluator(tokenizer, context=32, detokenizer=None, **options):
     options = TrainOptions(
         eval_only=True, model=ModelOptions(checkpoint="no-such-folder"),
         eval=EvalOptions(eval_sets=("given",), **options),
-        data=DataOptions(detokenizer=detokenizer),
+        data=DataOptions(detokenizer=detokenizer, control_codes=codes),
     )  # fmt: skip
     return Evaluator(
         Model(score, context, 1024), tokenizer, options, precision="float32", checkpoint="c"
@@ -210,6 +210,28 @@ def test_documents_are_scored_one_by_one(bench, tmp_path, tokenizer_folder):
     ids = tokenizer.encode_batch(["One.", "Of\ntwo and three"])
     starts = [row[: 1 + len(i)] for row, i in zip(seen, sorted(ids, key=len)[::-1], strict=True)]
     assert sorted(starts) == sorted([tokenizer.eot_id, *i.tolist()] for i in ids)
+
+
+@pytest.mark.parametrize(("codes", "start_id"), [(None, 1), (("<pad>",), 2)])
+def test_texts_are_scored_behind_bos_or_the_given_code(bench, foreign_tokenizer, codes, start_id):
+    seen = []
+
+    def score(rows):
+        seen.extend(rows.tolist())
+        return np.zeros((len(rows), rows.shape[1] - 1)), rows[:, 1:] == 0
+
+    evaluator = uniform_evaluator(load_tokenizer(str(foreign_tokenizer)), codes=codes)
+    evaluator.model = Model(score, 32, 1024)
+    for path in (bench / "two.parquet", bench / "blimp"):
+        (one,) = find_sets([str(path)])
+        named = evaluator.evaluate(one).text
+        assert ("behind <pad>" in named) is bool(codes)
+    assert {row[0] for row in seen} == {start_id}
+
+
+def test_several_codes_for_sets_are_refused(foreign_tokenizer):
+    with pytest.raises(UserError, match=r"--control_codes </s> <s> with --eval_sets.*one code"):
+        uniform_evaluator(load_tokenizer(str(foreign_tokenizer)), codes=("</s>", "<s>"))
 
 
 def test_shards_are_one_stream(corpus, tokenizer_folder, tmp_path):

@@ -282,3 +282,18 @@ def test_a_trained_model_gives_a_better_start_than_chance(
 def test_init_from_and_checkpoint_exclude_each_other(flags):
     with pytest.raises(UserError, match="--init_from and --checkpoint"):
         train_pt.main(flags("run", init_from="a", checkpoint="b"))
+
+
+def test_weights_alone_are_exported_and_a_line_says_so(tmp_path, capsys):
+    random_model(variant()).save_pretrained(tmp_path / "model")
+    export_gpt2.main([str(tmp_path / "model"), str(tmp_path / "out")])
+    assert "the export has no tokenizer" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("*token*"))
+    GPT2LMHeadModel.from_pretrained(tmp_path / "out")
+
+
+def test_the_export_has_the_ids_of_its_tokenizer(foreign_model, tmp_path):
+    export_gpt2.main([str(foreign_model), str(tmp_path / "out")])
+    for name in ("config.json", "generation_config.json"):
+        keys = json.loads((tmp_path / "out" / name).read_text())
+        assert [keys[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [1, 0, 2]

@@ -1,13 +1,21 @@
-"""What a run starts from is found once: no checkpoint is read twice to verify it."""
+"""What a run starts from is found once, whole, and never replaced by a default."""
 
+import importlib
+import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from helpers import as_flags
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import train_pt
 import train_tf
+from algpt2 import ALGPT2Config
+from algpt2.errors import UserError
+from algpt2.options import DataOptions, ModelOptions, TrainOptions
 from algpt2.runs import checkpoints
+from algpt2.runs.start import Start, find_start
 from algpt2.system import files
 
 SCRIPTS = {"pt": train_pt, "tf": train_tf}
@@ -65,3 +73,90 @@ def test_each_checkpoint_is_verified_once(
         main(as_flags(options | {"save_dir": tmp_path / name, "eval_steps": 2}))
         new = str(tmp_path / name / f".checkpoint-00000002.partial/{weights}")
         assert hashed() == {last: 1, new: 1}
+
+
+# --- the tokenizer of somebody else's weights ----------------------------------------------------
+
+SHAPE = {
+    "vocab_size": 300, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2,
+    "bos_token_id": 299, "eos_token_id": 299,
+}  # fmt: skip
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A stock GPT-2 without tokenizer files."""
+    folder = tmp_path / "foreign"
+    GPT2LMHeadModel(GPT2Config(**SHAPE)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("framework", SCRIPTS)
+@pytest.mark.parametrize("mode", ["train", "eval_only", "sample_only"])
+def test_no_default_replaces_the_tokenizer_of_weights(framework, mode, foreign, corpus, tmp_path):
+    options = {
+        "train_path": corpus / "train", "val_path": corpus / "valid", "device": "cpu",
+        "save_dir": tmp_path / "run", "seq_len": 16, "checkpoint": foreign,
+    }  # fmt: skip
+    flag = [f"--{mode}"] if mode.endswith("only") else []
+    with pytest.raises(UserError, match=r"foreign holds no tokenizer.*--tokenizer names"):
+        SCRIPTS[framework].main([*flag, *as_flags(options)])
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_from_weights_without_a_tokenizer_asks_for_it(foreign, flags):
+    with pytest.raises(UserError, match=r"foreign holds no tokenizer.*--tokenizer names"):
+        train_pt.main(flags("run", init_from=foreign, tokenizer=None))
+
+
+def test_weights_without_a_tokenizer_are_evaluated_with_the_one_that_is_named(
+    foreign, corpus, tokenizer_folder, capsys
+):
+    paths = {"val_path": corpus / "valid", "device": "cpu", "seq_len": 16}
+    train_pt.main(
+        ["--eval_only", *as_flags(paths | {"checkpoint": foreign, "tokenizer": tokenizer_folder})]
+    )
+    assert "nats/token" in capsys.readouterr().out
+
+
+# --- the ids of bos, eos and pad -----------------------------------------------------------------
+
+
+def build_model(framework, start):
+    return importlib.import_module(f"algpt2.training.trainer_{framework}").build_model(start)
+
+
+def token_ids(folder):
+    """bos, eos and pad of config.json and of generation_config.json."""
+    files = [json.loads((folder / f"{f}config.json").read_text()) for f in ("", "generation_")]
+    return [[file.get(f"{role}_token_id") for role in ("bos", "eos", "pad")] for file in files]
+
+
+@pytest.mark.parametrize(
+    ("framework", "way"),
+    [(f, way) for f in SCRIPTS for way in ("config", "checkpoint", "new code")]
+    + [("pt", "init_from")],
+)
+def test_a_model_has_the_ids_of_its_tokenizer(
+    framework, way, foreign_model, foreign_tokenizer, tmp_path
+):
+    model = {"config": str(foreign_model)}
+    if way in ("checkpoint", "new code"):
+        model = {"checkpoint": str(foreign_model)}
+    elif way == "init_from":
+        ALGPT2Config.from_pretrained(foreign_model).save_pretrained(tmp_path / "own")
+        model = {"config": str(tmp_path / "own"), "init_from": str(foreign_model)}
+    data = DataOptions(control_codes=("<|new|>",) if way == "new code" else None)
+    start = find_start(TrainOptions(data=data, model=ModelOptions(**model)))
+    folder = tmp_path / "saved"
+    build_model(framework, start).save_pretrained(folder)
+    start.tokenizer.save(folder)
+    assert token_ids(folder) == [[1, 0, 2]] * 2
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert [theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id] == [1, 0, 2]
+
+
+def test_a_model_of_packed_rows_alone_has_their_end_of_text(foreign_model):
+    start = replace(Start.find(ModelOptions(config=str(foreign_model))), eot_id=0)
+    config = build_model("tf", start).config
+    assert (config.bos_token_id, config.eos_token_id) == (0, 0)
