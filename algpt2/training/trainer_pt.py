@@ -110,7 +110,7 @@ def mean_loss(model: nn.Module, rows: np.ndarray, device: torch.device) -> Tenso
     tokens = torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     if isinstance(getattr(model, "module", model), ALGPT2LMHeadModel):
-        return model(inputs, shift_labels=labels, skip_logits=True).loss
+        return model(inputs, shift_labels=labels, skip_logits=True, use_cache=False).loss
     logits = model(inputs, use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
