@@ -2,6 +2,9 @@
 
 import atexit
 import contextlib
+import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +107,25 @@ def start_processes(options: TrainOptions) -> Processes:
         # Its threads must end before the interpreter does: left alone, 2 of 40 runs aborted there.
         atexit.register(dist.destroy_process_group)
     return Processes(rank, count, device, _dtype(options.optim, device))
+
+
+def compiles(options: TrainOptions, device: torch.device) -> bool:
+    """Whether torch.compile runs: as `--compile` says, else on CUDA where its compilers are."""
+    if options.compile is not None:
+        return options.compile
+    return device.type == "cuda" and has_compiler(device)
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile works on this CUDA device: it needs Triton, which needs a C compiler
+    and compute capability 7.0."""
+    c_compilers = filter(None, (os.environ.get("CC"), "gcc", "clang"))
+    has_triton = importlib.util.find_spec("triton") is not None
+    return (
+        has_triton
+        and any(map(shutil.which, c_compilers))
+        and torch.cuda.get_device_capability(device) >= (7, 0)
+    )
 
 
 def _device(name: str) -> torch.device:
