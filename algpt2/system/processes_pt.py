@@ -2,9 +2,6 @@
 
 import atexit
 import contextlib
-import importlib.util
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +11,9 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
+from .. import kernels_algpt2
 from ..errors import UserError, describe
+from ..kernels_algpt2 import has_compiler
 from ..options import OptimOptions, TrainOptions
 from .console import is_main_process, torchrun_number, torchrun_process
 from .memory import keep_freed_memory
@@ -95,6 +94,7 @@ def start_processes(options: TrainOptions) -> Processes:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+        kernels_algpt2.COMPILES = options.compile is not False
     else:
         keep_freed_memory()
     if count > 1 and not dist.is_initialized():
@@ -113,19 +113,7 @@ def compiles(options: TrainOptions, device: torch.device) -> bool:
     """Whether torch.compile runs: as `--compile` says, else on CUDA where its compilers are."""
     if options.compile is not None:
         return options.compile
-    return device.type == "cuda" and has_compiler(device)
-
-
-def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile works on this CUDA device: it needs Triton, which needs a C compiler
-    and compute capability 7.0."""
-    c_compilers = filter(None, (os.environ.get("CC"), "gcc", "clang"))
-    has_triton = importlib.util.find_spec("triton") is not None
-    return (
-        has_triton
-        and any(map(shutil.which, c_compilers))
-        and torch.cuda.get_device_capability(device) >= (7, 0)
-    )
+    return has_compiler(device)
 
 
 def _device(name: str) -> torch.device:

@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from helpers import random_rows
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from algpt2 import ALGPT2Config, ALGPT2LMHeadModel
-from algpt2.kernels_algpt2 import LMHead
+from algpt2 import ALGPT2Config, ALGPT2LMHeadModel, kernels_algpt2
+from algpt2.kernels_algpt2 import LMHead, _CompiledHeadCrossEntropy, piece_loss
 from algpt2.options import OptimOptions, TrainOptions, parse
 from algpt2.shards.batches import RowInputs
 from algpt2.system import processes_pt
@@ -168,6 +169,54 @@ def test_a_compiled_run_resumes_to_the_same_bytes():
 def test_compiling_is_the_default_where_cuda_and_a_compiler_are(
     asked, device, there, expected, monkeypatch
 ):
-    monkeypatch.setattr(processes_pt, "has_compiler", lambda device: there)
+    has_compiler = there and device == "cuda"
+    monkeypatch.setattr(processes_pt, "has_compiler", lambda device: has_compiler)
     flags = [] if asked is None else ["--compile" if asked else "--no_compile"]
     assert processes_pt.compiles(parse(TrainOptions, flags), torch.device(device)) is expected
+
+
+# --- the loss in compiled pieces -----------------------------------------------------------------
+
+
+def loss_and_gradients(loss, hidden, weight, labels):
+    hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
+    value = loss(hidden, weight, labels)
+    value.backward()
+    return value, hidden.grad, weight.grad
+
+
+def plain_loss(hidden, weight, labels):
+    return F.cross_entropy((hidden @ weight.T).float(), labels)
+
+
+def piecewise_loss(hidden, weight, labels):
+    return _CompiledHeadCrossEntropy.apply(hidden, weight, labels[:, None], 7, True)
+
+
+@pytest.mark.filterwarnings(*TORCH_WARNS)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("vocab_size", [128, 131])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_pieces_are_the_cross_entropy(
+    dtype, vocab_size, compiled, quick_compile, monkeypatch
+):
+    piece = torch.compile(piece_loss, dynamic=False) if compiled else piece_loss
+    monkeypatch.setattr(kernels_algpt2, "compiled_piece_loss", lambda: piece)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(20, 16), torch.randn(vocab_size, 16)
+    labels = torch.arange(vocab_size - 20, vocab_size)  # the last columns, beside the padding
+    rounded = hidden.to(dtype).float(), weight.to(dtype).float()
+    expected = loss_and_gradients(plain_loss, *rounded, labels)
+    # The weight stays float32, as under autocast; its gradient comes in float32.
+    found = loss_and_gradients(piecewise_loss, rounded[0].to(dtype), rounded[1], labels)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for a, b in zip(found, expected, strict=True):
+        assert (a.float() - b).abs().max() <= tolerance * b.abs().max()
+    assert found[2].dtype == torch.float32 and found[2].shape == weight.shape
+
+
+def test_the_compiled_loss_measures_without_gradients():
+    hidden, weight, labels = torch.randn(20, 16), torch.randn(131, 16), torch.arange(20)
+    loss, d_logits = piece_loss(hidden, F.pad(weight, (0, 0, 0, 125)), labels[:, None], 131, False)
+    assert d_logits is None
+    torch.testing.assert_close(loss / 20, plain_loss(hidden, weight, labels))
