@@ -242,9 +242,15 @@ class ALGPT2Model(ALGPT2PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, E)
+        # SDPA masks plain rows itself. Making a mask reads a value from the device to find packed
+        # rows, and in a compiled graph it is a (B, 1, T, T) tensor, which flash attention refuses.
+        is_sdpa = self.config._attn_implementation == "sdpa"
+        is_plain = attention_mask is None and past_key_values is None and position_ids is None
         if position_ids is None:
             position_ids = self._positions(x.shape[1], past_key_values, x.device)  # (1, T)
-        mask = create_causal_mask(self.config, x, attention_mask, past_key_values, position_ids)
+        mask = None
+        if not (is_plain and is_sdpa):
+            mask = create_causal_mask(self.config, x, attention_mask, past_key_values, position_ids)
         x = self.drop(x + self.wpe(position_ids))
         if self.projection_layer is not None:
             x = self.projection_layer(x)  # (B, T, C)

@@ -391,7 +391,9 @@ class RunOptions:
 
     eval_only: bool = False  # evaluate --checkpoint and stop
     device: str = "auto"  # auto, cpu, and cuda or mps (PyTorch) or gpu (TensorFlow)
-    compile: bool = False  # torch.compile or XLA: a slow start, faster steps; XLA slows CPUs down
+    compile: Unset[bool] = None
+    """torch.compile or XLA: a slow start, faster steps; XLA slows CPUs down (default: train_pt.py
+    on CUDA where Triton and a C compiler are)"""
     overwrite: bool = False  # remove the run in save_dir and start anew
     debug: bool = False  # print a traceback with every error
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration_algpt2 import MAX_LAYERS, ALGPT2Config
 from ..errors import UserError, describe
@@ -22,8 +24,9 @@ from ..runs.run import peak_lr
 from ..runs.start import Start
 from ..shards.batches import evenly_spaced
 from ..shards.tfrecords import PackedRows
+from ..system.console import log
 from ..system.memory import check_memory
-from ..system.processes_pt import Processes
+from ..system.processes_pt import Processes, compiles
 from . import loop
 from .optimizers_pt import Optimizers, build_optimizer
 
@@ -99,6 +102,30 @@ def add_embeddings(model: nn.Module, vocab_size: int) -> None:
         table.weight[n_before:] = table.weight[:n_before].mean(0)
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each stored block for training; the model keeps its class, and so its chunked loss.
+
+    The blocks are of one class and shape, so one graph serves all layers. Evaluation and samples
+    run the blocks as they are: their shapes change, and each new shape would compile again.
+    """
+    # A graph break in a block of ours is a defect; other models may have them.
+    fullgraph = isinstance(model, ALGPT2LMHeadModel)
+    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for block in blocks or [model]:
+        block.forward = _compiled_in_training(block, fullgraph)
+
+
+def _compiled_in_training(block: nn.Module, fullgraph: bool) -> Callable[..., Any]:
+    """The forward pass of `block`, compiled while `block.training`."""
+    eager = block.forward
+    compiled = torch.compile(eager, fullgraph=fullgraph)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if block.training else eager)(*args, **kwargs)
+
+    return forward
+
+
 # --- loss ----------------------------------------------------------------------------------------
 
 
@@ -111,7 +138,7 @@ def mean_loss(model: nn.Module, rows: np.ndarray, device: torch.device) -> Tenso
     tokens = torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     if isinstance(getattr(model, "module", model), ALGPT2LMHeadModel):
-        return model(inputs, shift_labels=labels, skip_logits=True).loss
+        return model(inputs, shift_labels=labels, skip_logits=True, use_cache=False).loss
     logits = model(inputs, use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
@@ -164,10 +191,13 @@ class Trainer(loop.Trainer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.compiles = compiles(self.options, self.processes.device)
+        if self.compiles:
+            compile_blocks(self.model)
         # The model as it is called; `self.model` is the bare one.
-        self.wrapped = torch.compile(self.model) if self.options.compile else self.model
+        self.wrapped = self.model
         if self.processes.count > 1:
-            self.wrapped = DistributedDataParallel(self.wrapped)
+            self.wrapped = DistributedDataParallel(self.model)
         is_fp16 = self.processes.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=is_fp16)
 
@@ -223,8 +253,13 @@ class Trainer(loop.Trainer):
 
     def train_steps(self, n: int) -> tuple[float, float]:
         """Take `n` optimizer steps; loss and gradient norm of the last."""
+        start_s = time.monotonic()
         for _ in range(n):
             loss, norm = self.train_step()
+        if self.compiles:
+            s = time.monotonic() - start_s
+            log(f"compiled: the first {n} steps took {s:.0f} s; --no_compile starts at once")
+            self.compiles = False
         return loss, norm
 
     def parameters(self) -> dict[str, Tensor]:

@@ -156,7 +156,7 @@ def _eval_step(model: TFALGPT2LMHeadModel, strategy: tf.distribute.Strategy) -> 
 
 
 def build_step(
-    model: TFALGPT2LMHeadModel, optimizer: Any, optim: OptimOptions, compiled: bool = False
+    model: TFALGPT2LMHeadModel, optimizer: Any, optim: OptimOptions, compiled: bool | None = False
 ) -> Callable[..., tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
     """One optimizer step of one replica, for `strategy.run`; XLA can compile all of it.
 
