@@ -7,6 +7,7 @@ about the model.
     H heads   N rows, all positions of a batch
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +20,36 @@ LOSS_ROWS = 2048
 # The graph holds each piece of the loss, so tracing takes longer with more of them.
 MAX_PIECES = 128
 
-# XLA makes one pass of a chain of element-wise operations; TensorFlow runs them one by one. Matrix
-# products stay outside: on a CPU XLA's are slower.
-fused = tf.function(jit_compile=True)
+
+def for_tpu() -> bool:
+    """True where a program for TPUs is traced: under a TPUStrategy, or for a dry run of it."""
+    if isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy):
+        return True
+    return getattr(tf.distribute.get_replica_context(), "for_tpu", False)
+
+
+@functools.cache
+def has_xla() -> bool:
+    """False where TensorFlow cannot compile for this host: tensorflow-tpu has no XLA for CPUs."""
+    try:
+        with tf.init_scope(), tf.device("CPU"):
+            tf.function(tf.zeros, jit_compile=True)([])
+    except tf.errors.NotFoundError:  # no transfer manager for platform Host
+        return False
+    return True
+
+
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have XLA make one pass of a chain of element-wise operations, which TensorFlow runs one by
+    one. Matrix products stay outside: on a CPU XLA's are slower. A TPU compiles the whole step.
+    """
+    compiled = tf.function(function, jit_compile=True)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        return (function if for_tpu() or not has_xla() else compiled)(*arguments)
+
+    return call
 
 
 def static_shape(x: tf.Tensor) -> list[Any]:
@@ -186,6 +214,8 @@ def embed(weight: tf.Tensor, ids: tf.Tensor) -> tuple[tf.Tensor, Callable]:
 def dropout(x: tf.Tensor, rate: float, seed: tf.Tensor | None, site: int) -> tf.Tensor:
     """Dropout as a function of the step's seed (2,) and of the place in the model.
 
+    A TPU has a generator of its own, as deterministic; philox takes 12 times the step there.
+
     Args:
         seed: None: no dropout, as in evaluation.
         site: number of the place.
@@ -193,7 +223,8 @@ def dropout(x: tf.Tensor, rate: float, seed: tf.Tensor | None, site: int) -> tf.
     if seed is None or not rate:
         return x
     seed = tf.random.experimental.stateless_fold_in(tf.cast(seed, tf.int32), site)
-    return tf.nn.experimental.stateless_dropout(x, rate, seed, rng_alg="philox")
+    rng_alg = "auto_select" if for_tpu() else "philox"
+    return tf.nn.experimental.stateless_dropout(x, rate, seed, rng_alg=rng_alg)
 
 
 # --- the loss ------------------------------------------------------------------------------------

@@ -239,6 +239,21 @@ def test_dropout_is_a_function_of_seed_and_place():
     assert set(np.unique(draws[0])) == {0.0, np.float32(1 / 0.75)}
 
 
+@pytest.mark.parametrize(
+    ("has_xla", "for_tpu", "is_fused"),
+    [(True, False, True), (False, False, False), (True, True, False)],
+)
+def test_fused_functions_are_plain_for_a_tpu_and_without_xla(
+    monkeypatch, has_xla, for_tpu, is_fused
+):
+    monkeypatch.setattr(kernels_tf_algpt2, "has_xla", lambda: has_xla)
+    if for_tpu:
+        strategy = object.__new__(tf.distribute.TPUStrategy)
+        monkeypatch.setattr(tf.distribute, "get_strategy", lambda: strategy)
+    graph = tf.function(gelu_new).get_concrete_function(tf.TensorSpec([4])).graph
+    assert ("Tanh" not in {operation.type for operation in graph.get_operations()}) == is_fused
+
+
 @pytest.mark.parametrize("place", ["embd_pdrop", "attn_pdrop", "resid_pdrop"])
 def test_each_dropout_acts_with_a_seed_only(place):
     model, tokens = build(**{place: 0.5}), ids()

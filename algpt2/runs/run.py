@@ -277,10 +277,18 @@ def describe_model(model: Any, seq_len: int) -> dict[str, Any]:
     return facts
 
 
+def _version(name: str) -> str:
+    """The version of a package; that of `tensorflow` may be called tensorflow-tpu or -cpu."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return metadata.version(metadata.packages_distributions()[name][0])
+
+
 def environment() -> dict[str, Any]:
     """Versions, git commit and command of this process, for run.json."""
     names = ("torch", "tensorflow", "keras", "transformers", "tokenizers", "numpy")
-    versions = {n: metadata.version(n) for n in names if importlib.util.find_spec(n)}
+    versions = {n: _version(n) for n in names if importlib.util.find_spec(n)}
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

@@ -5,11 +5,12 @@ import importlib
 import os
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..errors import (
@@ -23,9 +24,15 @@ from ..errors import (
 )
 
 _left: list[bool] = []
-
-
+_leaving = threading.Lock()
 _stderr = [2]  # the last is where people read
+_watchers: list[int] = []  # a line to each: the process is about to end, as it should
+
+# Prints a file unless a line comes first; the end of the process that would send it ends `read`.
+_WATCH = """
+read -r line || { cat "$0"; echo "error: a library ended this process; what it said is above"; } >&2
+rm -f "$0"
+"""
 
 
 def run_script(main: Callable[[Sequence[str] | None], int | None]) -> None:
@@ -82,29 +89,43 @@ def _listen() -> None:
 
 
 def _leave(number: int, frame: Any) -> None:
+    if not _leaving.acquire(blocking=False):  # the main thread and that of `_listen` both hear it
+        return
     name = signal.Signals(number).name
     with contextlib.suppress(OSError):  # not print: it may be what the signal interrupted
         os.write(_stderr[-1], f"\nstopped by {name}: the same command continues\n".encode())
+        for watcher in _watchers:
+            os.write(watcher, b"\n")
     os._exit(EXIT_STOPPED)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing on stderr, of C++ code neither, but for what `_leave` says."""
-    _stderr.append(os.dup(2))
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(_stderr[-1], 2)
-        os.close(_stderr.pop())
+    """Nothing on stderr, of C++ code neither, but for what `_leave` says.
+
+    If the process dies meanwhile, a shell that watches it prints what was hidden.
+    """
+    hidden, path = tempfile.mkstemp(prefix="algpt2-stderr-")
+    command = ["sh", "-c", _WATCH, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as watcher:
+        _watchers.append(watcher.stdin.fileno())
+        _stderr.append(os.dup(2))
+        os.dup2(hidden, 2)
+        os.close(hidden)
+        try:
+            yield
+        finally:
+            os.dup2(_stderr[-1], 2)
+            os.close(_stderr.pop())
+            os.write(_watchers.pop(), b"\n")
 
 
 def import_tensorflow() -> None:
     """Import it without the lines that it prints at any log level; `--debug` shows them."""
     with contextlib.nullcontext() if "--debug" in sys.argv else quiet():
-        importlib.import_module("tensorflow")
+        # TensorFlow 2.18 for TPUs crashes unless these two have loaded their OpenSSL before it.
+        for name in ("ssl", "hashlib", "tensorflow"):
+            importlib.import_module(name)
 
 
 def leave_threads() -> None:

@@ -14,17 +14,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..options import TFRecordOptions
 from ..system.console import log
+from .tpu_compiler import PRODUCTS
 
 GIB = 2**30
 REQUIREMENTS = "requirements-dry-run.txt"
 MAX_ROWS = 1024  # per core: where --find_batch stops asking
+
+# The peak FLOP/s of a chip, over its matrix units (4, 8, 4) times 2 x 128 x 128
+# (cloud.google.com/tpu/docs/v3, v4, v5e).
+_CLOCK_MHZ = {"v3": 940, "v4": 1050, "v5e": 1500}
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,11 @@ class Slice:
     n_cores: int  # replicas
     hbm_gib: int  # of one core
     chip_config: str = ""  # v4: two cores of a chip as one
+
+    @property
+    def clock_mhz(self) -> int | None:
+        """The clock of a core; None: not known."""
+        return _CLOCK_MHZ.get(self.topology.partition(":")[0])
 
     def rows_per_core(self, batch_size: int) -> int:
         """Rows that each core gets of a batch.
@@ -123,6 +133,7 @@ class Compiled:
     code_bytes: int
     flops: float
     seconds: float  # to compile
+    cycles: dict[str, int] = field(default_factory=dict)  # of a step by kind, largest first
 
     @property
     def total_bytes(self) -> int:
@@ -207,6 +218,9 @@ class DryRun:
     seq_len: int  # tokens of a row
     flops_per_row: int  # closed form, one row forward and backward
     compiler: Callable[[bytes, Slice], Compiled | TooLarge] = compile_program
+    grad_steps: int = 1
+    # Optimizer steps of the run, given the batch size; None: the command does not say.
+    steps: Callable[[int], int | None] = lambda batch_size: None
 
     def compile(self, rows: int) -> Compiled | TooLarge:
         """The step with `rows` rows per core and forward pass."""
@@ -231,8 +245,37 @@ class DryRun:
             f"FLOPs of a pass {compiled.flops / 1e12:8.3f} TFLOP per core, closed form "
             f"{expected / 1e12:.3f}, ratio {compiled.flops / expected:.3f}",
             f"compile time    {compiled.seconds:8.1f} s",
+            *self.describe_time(rows, compiled.cycles),
         ]
         return "\n".join(lines)
+
+    def describe_time(self, rows: int, cycles: dict[str, int]) -> list[str]:
+        """The lines about the time of a step; none where the compiler or the clock is unknown."""
+        clock_mhz, batch_size = self.tpu.clock_mhz, rows * self.tpu.n_cores
+        if not cycles or clock_mhz is None:
+            return [
+                "step            no estimate: the clock or the number of its cycles is not known"
+            ]
+        total = sum(cycles.values())
+        step_s = total / clock_mhz / 1e6
+        tokens = batch_size * self.grad_steps * self.seq_len / step_s
+        n_steps = self.steps(batch_size)
+        hours = "hours: with --max_steps or --n_tokens"
+        if n_steps:
+            hours = f"{n_steps * step_s / 3600:,.2f} hours for {n_steps:,} steps"
+        lines = [
+            f"step            {step_s:8.3f} s at {clock_mhz} MHz, {tokens:,.0f} tokens/s, {hours}",
+            f"{'':16}the compiler's estimate, not measured; without communication and input",
+            *(
+                f"  {name:22} {n / clock_mhz / 1e6:8.4f} s {n / total:4.0%}"
+                for name, n in cycles.items()
+            ),
+        ]
+        overhead = [(n, name) for name, n in cycles.items() if name != PRODUCTS]
+        if overhead:
+            n, name = max(overhead)
+            lines.append(f"largest but for matrix products: {name}, {n / total:.0%} of the step")
+        return lines
 
     def check(self, rows: int) -> Compiled:
         """Compile and print the step of one batch.

@@ -1,14 +1,18 @@
 """The training step of trainer_tf.py as the program that one core of a TPU slice would run."""
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+from tensorflow.compiler.xla import xla_data_pb2
+from tensorflow.compiler.xla.service import hlo_pb2
 
 from ..errors import UserError
 from ..kernels_tf_algpt2 import LOSS_ROWS
 from ..options import RowOptions, TFRecordOptions, TFTrainOptions
+from ..runs.run import count_steps
 from ..runs.start import Start, check_rows_fit
 from ..shards.inputs_tf import find_shards
 from ..training.optimizers_tf import build_optimizer
@@ -41,7 +45,14 @@ def prepare(flags: TFRecordOptions, tpu: Slice) -> DryRun:
     check_rows_fit(seq_len, config)
     program = StepProgram(options, seq_len, tpu.n_cores)
     flops = program.model.config.flops_per_token(seq_len) * seq_len
-    return DryRun(tpu, program, seq_len, flops)
+    optim = options.optim
+
+    def steps(batch_size: int) -> int | None:
+        if not (optim.max_steps or optim.n_tokens):
+            return None
+        return count_steps(replace(optim, batch_size=batch_size), 0, seq_len)
+
+    return DryRun(tpu, program, seq_len, flops, grad_steps=optim.grad_steps, steps=steps)
 
 
 def _seq_len(data: RowOptions, config: dict[str, Any]) -> int:
@@ -58,6 +69,8 @@ def _seq_len(data: RowOptions, config: dict[str, Any]) -> int:
 
 class SliceReplica(tf.distribute.ReplicaContext):
     """One replica among `n_replicas`; it uses the same all-reduce as TPUStrategy."""
+
+    for_tpu = True  # see kernels_tf_algpt2.for_tpu
 
     def __init__(self, n_replicas: int) -> None:
         super().__init__(tf.distribute.get_strategy(), replica_id_in_sync_group=0)
@@ -94,19 +107,35 @@ class StepProgram:
         self.model, self._step = model, replica_step
         self._row_shape = (optim.grad_steps, seq_len + 1)
 
-    def lower(self, rows_per_core: int) -> bytes:
-        """The serialized HLO module for `rows_per_core` rows per forward pass."""
+    def specs(self, rows_per_core: int) -> list[tf.TensorSpec]:
+        """Shapes and types of what the step takes: rows, lr, seed, ok."""
         grad_steps, n_tokens = self._row_shape
-        specs = [
+        return [
             tf.TensorSpec([grad_steps, rows_per_core, n_tokens], tf.int32),
             tf.TensorSpec([], tf.float32),
             tf.TensorSpec([2], tf.int32),
             tf.TensorSpec([], tf.bool),
         ]
-        lower = self._step.experimental_get_compiler_ir(*specs)
+
+    def lower(self, rows_per_core: int) -> bytes:
+        """The serialized HLO module for `rows_per_core` rows per forward pass."""
+        lower = self._step.experimental_get_compiler_ir(*self.specs(rows_per_core))
         # The CPU by name, whatever GPU is here. Without a name, or with the platform_name that the
         # warning asks for, TensorFlow draws a random number, which deterministic ops forbid.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             device = tf.config.list_logical_devices("CPU")[0].name
-            return lower(stage="hlo_serialized", device_name=device)
+            return _with_the_devices_generator(lower(stage="hlo_serialized", device_name=device))
+
+
+def _with_the_devices_generator(program: bytes) -> bytes:
+    """The program with the random numbers that TensorFlow's `auto_select` is on a TPU.
+
+    Lowered for a CPU it is philox. Every random number of the step is drawn with `auto_select`.
+    """
+    module = hlo_pb2.HloModuleProto.FromString(program)
+    for computation in module.computations:
+        for instruction in computation.instructions:
+            if instruction.opcode == "rng-bit-generator":
+                instruction.rng_algorithm = xla_data_pb2.RNG_DEFAULT
+    return module.SerializeToString()

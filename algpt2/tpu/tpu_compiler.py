@@ -5,14 +5,16 @@
 libtpu writes to stderr, aborts on its own errors and may crash when the interpreter exits, so
 `dry_run.compile_program` starts this process for it. The request names the serialized HLO module of
 one replica (`program`), the slice (`topology`, `chip_config`, `accelerator_type`) and the file to
-write (`answer`). The answer holds bytes per core as XLA counts them, FLOPs and seconds; or `error`,
-XLA's message.
+write (`answer`). The answer holds bytes per core as XLA counts them, FLOPs, seconds to compile
+and the cycles that the compiler expects; or `error`, XLA's message.
 """
 
 import json
 import os
+import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,11 @@ QUIET = {"TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TPU_LOG_DIR": "
 NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}  # fmt: skip
+PRODUCTS = "matrix products"
+# What an operation is for, by its name in TensorFlow's graph; the first that is found counts.
+_KINDS = {
+    "dropout": "dropout", ".attn": "attention", ".mlp": "MLP", "cond/": "optimizer",
 }  # fmt: skip
 
 
@@ -56,7 +63,51 @@ def compile_request(request: dict[str, Any]) -> dict[str, Any]:
         "code_bytes": memory.generated_code_size_in_bytes,
         "flops": executable.cost_analysis()["flops"],
         "seconds": seconds,
+        "cycles": cycles_by_kind("\n".join(one.to_string() for one in executable.hlo_modules())),
     }
+
+
+def cycles_by_kind(text: str) -> dict[str, int]:
+    """Cycles of one run of an optimized HLO module, as the compiler estimates them, by kind.
+
+    The estimates are `estimated_cycles` in the `backend_config` of each instruction; communication
+    has none. A fusion with a matrix product in it is a matrix product. {} if a loop has no
+    `known_trip_count`.
+    """
+    bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{\n((?:.*\n)*?)\}", text, re.MULTILINE))
+    entry = re.search(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE)
+    has_product = {
+        name for name, body in bodies.items() if re.search(r" (convolution|dot)\(", body)
+    }
+
+    def count(name: str) -> Counter[str]:
+        cycles: Counter[str] = Counter()
+        for line in bodies[name].splitlines():
+            called = re.findall(r"(?:calls|body|to_apply|\w+_computation)=%?([\w.-]+)", line)
+            if branches := re.search(r"branch_computations=\{(.*?)\}", line):
+                called += [branch.strip(" %") for branch in branches[1].split(",")]
+            if estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
+                is_product = has_product.intersection(called) or " convolution(" in line
+                cycles[PRODUCTS if is_product else _kind(line)] += int(estimate[1])
+            elif " while(" in line:
+                n = int(re.search(r'"known_trip_count":\{"n":"(\d+)"', line)[1])
+                cycles += Counter({kind: n * value for kind, value in count(called[0]).items()})
+            elif " conditional(" in line or " call(" in line:
+                for each in called:
+                    cycles += count(each)
+        return cycles
+
+    try:
+        return dict(count(entry[1]).most_common())
+    except TypeError:  # no known_trip_count
+        return {}
+
+
+def _kind(line: str) -> str:
+    name = re.search(r'op_name="([^"]*)"', line)
+    return next(
+        (kind for key, kind in _KINDS.items() if name and key in name[1]), "norms, embedding, loss"
+    )
 
 
 def _compile(module: Any, devices: list[Any]) -> Any:

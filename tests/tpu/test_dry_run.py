@@ -8,17 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.compiler.xla import xla_data_pb2
 from tensorflow.compiler.xla.service import hlo_pb2
 
 import train_tfrecords
 from algpt2.configuration_algpt2 import ALGPT2Config
 from algpt2.errors import UserError
-from algpt2.kernels_tf_algpt2 import LOSS_ROWS
+from algpt2.kernels_tf_algpt2 import LOSS_ROWS, dropout
 from algpt2.options import ModelOptions, OptimOptions, TFTrainOptions
 from algpt2.runs.start import Start
 from algpt2.tpu import dry_run
 from algpt2.tpu.dry_run import GIB, Compiled, DryRun, TooLarge, parse_slice, read_answer
 from algpt2.tpu.dry_run_tf import StepProgram
+from algpt2.tpu.tpu_compiler import cycles_by_kind
 from algpt2.training.optimizers_tf import build_optimizer
 from algpt2.training.trainer_tf import build_model, build_step, step_seed
 
@@ -96,6 +98,65 @@ ANSWER = {
     "argument_bytes": 3 * GIB, "temp_bytes": 2 * GIB, "output_bytes": 3 * GIB,
     "alias_bytes": 2 * GIB, "code_bytes": GIB, "flops": 1.1e12, "seconds": 2.0,
 }  # fmt: skip
+
+
+# Of libtpu 0.0.52, shortened: a fusion with a product, a loop, both branches of a condition.
+OPTIMIZED = """HloModule step, is_scheduled=true
+
+%fused_product (p: bf16[8,8]) -> bf16[8,8] {
+  %p = bf16[8,8] parameter(0)
+  ROOT %c = bf16[8,8] convolution(%p, %p), dim_labels=bf_io->bf
+}
+
+%fused_mask (p: bf16[8,8]) -> bf16[8,8] {
+  ROOT %p = bf16[8,8] parameter(0)
+}
+
+%body (p: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[8,8] fusion(%p), kind=kOutput, calls=%fused_product, metadata={op_name="h.0.attn/MatMul"}, backend_config={"window_config":{"estimated_cycles":"100"}}
+  ROOT %b = bf16[8,8] fusion(%a), kind=kLoop, calls=%fused_mask, metadata={op_name="h.0.attn/stateless_dropout"}, backend_config={"window_config":{"estimated_cycles":"20"}}
+}
+
+%update (p: bf16[8,8]) -> bf16[8,8] {
+  ROOT %a = bf16[8,8] copy(%p), metadata={op_name="cond/Assign"}, backend_config={"window_config":{"estimated_cycles":"7"}}
+}
+
+%keep (p: bf16[8,8]) -> bf16[8,8] {
+  ROOT %p = bf16[8,8] parameter(0)
+}
+
+ENTRY %main (p: bf16[8,8], ok: pred[]) -> bf16[8,8] {
+  %p = bf16[8,8] parameter(0)
+  %w = bf16[8,8] while(%p), condition=%keep, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %s = bf16[8,8] fusion(%w), kind=kLoop, calls=%fused_mask, metadata={op_name="h.0.attn/Softmax"}, backend_config={"window_config":{"estimated_cycles":"5"}}
+  ROOT %u = bf16[8,8] conditional(%ok, %s, %s), true_computation=%update, false_computation=%keep
+}
+"""  # noqa: E501
+
+
+def test_the_compilers_cycles_are_summed_by_kind_through_loops_and_conditions():
+    expected = {"matrix products": 300, "dropout": 60, "optimizer": 7, "attention": 5}
+    assert list(cycles_by_kind(OPTIMIZED).items()) == list(expected.items())
+    assert cycles_by_kind(OPTIMIZED.replace("known_trip_count", "unknown")) == {}
+
+
+def test_the_time_of_a_step_is_the_compilers_estimate():
+    cycles = {"matrix products": 658_000_000, "dropout": 188_000_000, "MLP": 94_000_000}
+    trial = DryRun(
+        parse_slice("v3-128"),
+        None,
+        1024,
+        10**9,
+        grad_steps=2,
+        steps=lambda size: 3600 * 512 // size,
+    )
+    said = "\n".join(trial.describe_time(4, cycles))
+    assert "1.000 s at 940 MHz, 1,048,576 tokens/s, 1.00 hours for 3,600 steps" in said
+    assert "the compiler's estimate, not measured" in said
+    assert re.search(r"matrix products +0.7000 s +70%\n +dropout +0.2000 s +20%", said)
+    assert said.endswith("largest but for matrix products: dropout, 20% of the step")
+    [unknown] = replace(trial, tpu=parse_slice("v6e-8")).describe_time(4, cycles)
+    assert "no estimate" in unknown
 
 
 def test_outputs_that_take_the_place_of_arguments_are_counted_once():
@@ -272,6 +333,45 @@ def test_gradients_are_reduced_over_the_cores_of_the_slice(options):
     for one in reduces:
         groups = one.collective_device_list.replica_groups or one.replica_groups
         assert [[*group.replica_ids] for group in groups] == [[*range(32)]]
+
+
+def generators(graph):
+    """The `alg` of every operation of a traced function that draws random numbers."""
+    graph_def = graph.as_graph_def()
+    found = []
+    for nodes in (graph_def.node, *(one.node_def for one in graph_def.library.function)):
+        by_name = {node.name: node for node in nodes}
+        for node in nodes:
+            if node.op.startswith("StatelessRandomUniform"):
+                constant = by_name[node.input[3].partition(":")[0]]
+                found.append(
+                    tf.random.Algorithm(int(tf.make_ndarray(constant.attr["value"].tensor)))
+                )
+    return {*found}
+
+
+@pytest.mark.parametrize("grad_steps", [1, 3])
+def test_dropout_draws_with_the_generator_of_the_tpu(options, grad_steps):
+    """`philox` is expanded on a v3 into 12 times the step; on CPUs and GPUs it stays."""
+    optim = replace(options.optim, grad_steps=grad_steps)
+    config = ALGPT2Config.from_pretrained(options.model.config)
+    config.attn_pdrop = config.embd_pdrop = config.resid_pdrop = 0.1
+    config.save_pretrained(options.model.config)
+    program = StepProgram(replace(options, optim=optim), 16, 128)
+    traced = program._step.get_concrete_function(*program.specs(2))
+    assert generators(traced.graph) == {tf.random.Algorithm.AUTO_SELECT}
+    module = hlo_pb2.HloModuleProto.FromString(program.lower(2))
+    drawn = [
+        one for c in module.computations for one in c.instructions if one.opcode.startswith("rng")
+    ]
+    assert len(drawn) > 1 + 3 * program.model.config.n_layer  # and those that fold seeds
+    assert {one.rng_algorithm for one in drawn} == {xla_data_pb2.RNG_DEFAULT}
+
+    seed = tf.TensorSpec([2], tf.int32)
+    plain = tf.function(lambda x, seed: dropout(x, 0.1, seed, 0)).get_concrete_function(
+        tf.TensorSpec([8]), seed
+    )
+    assert tf.random.Algorithm.PHILOX in generators(plain.graph)
 
 
 @pytest.mark.numeric
