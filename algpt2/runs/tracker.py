@@ -7,6 +7,7 @@ and what W&B did not get is counted and said.
 import netrc
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -76,16 +77,15 @@ class Tracker:
 
     def _work(self) -> None:
         run = self.start()
+        wandb = sys.modules.get("wandb")  # which `start` has imported
         while (item := self.queue.get()) is not None:
             if run is not None:
-                self._try(run, *item)
+                self._try(run, wandb, *item)
         if run is not None:
-            self._try(run, lambda run, wandb: run.finish(), KEPT, "W&B did not finish")
+            self._try(run, wandb, lambda run, _: run.finish(), KEPT, "W&B did not finish")
 
-    def _try(self, run: Any, call: Call, kept: str, failure: str) -> None:
+    def _try(self, run: Any, wandb: Any, call: Call, kept: str, failure: str) -> None:
         try:
-            import wandb
-
             call(run, wandb)
         except Exception as error:  # whatever W&B raises, the run is worth more than its curve
             self.failed += 1
