@@ -75,6 +75,7 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return nn.GELU(approximate="tanh") if name == "gelu_new" else ACT2FN[name]
 
 
+@torch.compiler.disable  # which cannot trace a gradient that the forward pass makes
 def head_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats of the logits `hidden @ weight.T`, a few rows at a time.
 
