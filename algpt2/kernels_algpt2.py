@@ -86,6 +86,7 @@ def loss_rows(device: str) -> int:
     return LOSS_ROWS_CPU if device == "cpu" else LOSS_ROWS
 
 
+@torch.compiler.disable  # which cannot trace a gradient that the forward pass makes
 def head_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats of the logits `hidden @ weight.T`, a few rows at a time.
 

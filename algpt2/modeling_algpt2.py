@@ -27,10 +27,11 @@ from transformers.modeling_utils import (
     PreTrainedModel,
     slice_logits_to_keep,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_algpt2 import MASK_BUFFERS, UNINDEXED, ALGPT2Config
+from .configuration_algpt2 import AUTO_MAP, MASK_BUFFERS, UNINDEXED, ALGPT2Config
 from .kernels_algpt2 import Conv1D, LMHead, activation, head_cross_entropy
 
 logger = logging.get_logger(__name__)
@@ -168,6 +169,11 @@ class ALGPT2PreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         if getattr(module, "bias", None) is not None:
             init.zeros_(module.bias)
+
+    def save_pretrained(self, *arguments: Any, **kwargs: Any) -> None:
+        """As transformers' own; config.json names the code that all Auto classes find beside it."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(*arguments, **kwargs)
 
     # Skip when reading: what transformers asks of a model.
     config: ALGPT2Config
@@ -388,3 +394,8 @@ register_checkpoint_conversion_mapping(
 if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
     AutoModel.register(ALGPT2Config, ALGPT2Model, exist_ok=True)
     AutoModelForCausalLM.register(ALGPT2Config, ALGPT2LMHeadModel, exist_ok=True)
+    # What `save_pretrained` writes then has this code beside it.
+    ALGPT2Model.register_for_auto_class("AutoModel")
+    ALGPT2LMHeadModel.register_for_auto_class("AutoModelForCausalLM")
+# transformers' Trainer smooths the labels of the causal models in this table one place ahead.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ALGPT2Config.model_type] = ALGPT2LMHeadModel.__name__

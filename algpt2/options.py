@@ -299,12 +299,12 @@ class OptimOptions:
     """How it is trained."""
 
     optimizer: Optimizer = "AdamW"
-    """Muon updates the matrices inside blocks; AdamW embeddings, biases and norms"""
+    """Muon updates the matrices inside blocks; AdamW embeddings, head, biases and norms"""
     lr: Unset[Positive] = None  # peak learning rate (default: 5e-5 with --checkpoint, else 1e-3)
     lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     """after the warm-up; wsd: constant, then linear over decay_ratio of the steps"""
     warmup_steps: CountOrZero = 0  # optimizer steps of linear warm-up
-    min_lr_ratio: Share = 0.0  # learning rate of the last step over the peak
+    min_lr_ratio: Share = 0.0  # rate of the last step over the peak; 0: half a step before 0
     decay_ratio: Share = 0.2  # share of the steps in which wsd decays
     batch_size: Batch = 4  # rows per forward pass, over all processes
     grad_steps: Batch = 1  # forward passes per optimizer step

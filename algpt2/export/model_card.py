@@ -34,11 +34,6 @@ from ..system.files import is_plain_file, read_record, write_json, write_text
 
 CARD_HEAD = "<!-- written from run.json; --eval_only and the next checkpoint write it again -->"
 MODEL_FILES = ("configuration_algpt2.py", "kernels_algpt2.py", "modeling_algpt2.py")
-AUTO_MAP = {
-    "AutoConfig": "configuration_algpt2.ALGPT2Config",
-    "AutoModel": "modeling_algpt2.ALGPT2Model",
-    "AutoModelForCausalLM": "modeling_algpt2.ALGPT2LMHeadModel",
-}
 # Files of the run, not of the model.
 NOT_UPLOADED = ("optimizer*", STATE_FILE, ".*")
 MEASURE_COLUMNS = ["text", "measure", "value", "unit"]
@@ -68,6 +63,8 @@ def try_card(folder: Path, save_dir: Path, step: int) -> None:
 
 def add_model_code(folder: Path) -> None:
     """Put the model's code beside the weights of an ALGPT2, and `auto_map` into config.json."""
+    from ..configuration_algpt2 import AUTO_MAP  # which imports torch where it is installed
+
     path = folder / "config.json"
     config = _read_object(path)
     if config.get("model_type") != "algpt2":

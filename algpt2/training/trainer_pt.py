@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..configuration_algpt2 import MAX_LAYERS, ALGPT2Config
 from ..errors import UserError, describe
 from ..evaluation.sampling_pt import sample_texts
-from ..export.convert_pt import start_model
+from ..export.convert_pt import load_weights, start_model
 from ..modeling_algpt2 import ALGPT2LMHeadModel
 from ..options import TrainOptions
 from ..runs.run import peak_lr
@@ -52,15 +52,7 @@ def build_model(start: Start) -> nn.Module:
         start.check_fits(config.to_dict())
         check_memory(count_parameters(config))
         if start.loads_weights:
-            # Never a pickle: a .bin file is refused, even where safetensors are missing.
-            model, found = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
-            if missing := sorted(found["missing_keys"]):
-                raise UserError(
-                    f"the weights in {source} lack {missing[0]} ({len(missing)} in all): expected "
-                    "those of its config.json"
-                )
+            model = load_weights(AutoModelForCausalLM, source)
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         if start.init_from:
@@ -137,10 +129,17 @@ def mean_loss(model: nn.Module, rows: np.ndarray, device: torch.device) -> Tenso
     """
     tokens = torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    if isinstance(getattr(model, "module", model), ALGPT2LMHeadModel):
+    if isinstance(bare(model), ALGPT2LMHeadModel):
         return model(inputs, shift_labels=labels, skip_logits=True, use_cache=False).loss
     logits = model(inputs, use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of several processes and of `torch.compile`."""
+    for name in ("module", "_orig_mod"):
+        model = getattr(model, name, model)
+    return model
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

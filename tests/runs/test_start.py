@@ -6,9 +6,12 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 from helpers import as_flags
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import export_gpt2
 import train_pt
 import train_tf
 from algpt2 import ALGPT2Config
@@ -17,6 +20,7 @@ from algpt2.options import DataOptions, ModelOptions, TrainOptions
 from algpt2.runs import checkpoints
 from algpt2.runs.start import Start, find_start
 from algpt2.system import files
+from algpt2.tokenization_algpt2 import load_tokenizer
 
 SCRIPTS = {"pt": train_pt, "tf": train_tf}
 
@@ -160,3 +164,55 @@ def test_a_model_of_packed_rows_alone_has_their_end_of_text(foreign_model):
     start = replace(Start.find(ModelOptions(config=str(foreign_model))), eot_id=0)
     config = build_model("tf", start).config
     assert (config.bos_token_id, config.eos_token_id) == (0, 0)
+
+
+# --- weights and their config.json ---------------------------------------------------------------
+
+
+@pytest.fixture
+def change(foreign_model):
+    """Change the weights and the config.json of the foreign model."""
+
+    def make(weights=lambda state: state, **keys):
+        path, config = foreign_model / "model.safetensors", foreign_model / "config.json"
+        save_file(weights(load_file(path)), path, metadata={"format": "pt"})
+        config.write_text(json.dumps(json.loads(config.read_text()) | keys))
+        return Start.find(ModelOptions(checkpoint=str(foreign_model)))
+
+    return make
+
+
+@pytest.mark.parametrize("framework", SCRIPTS)
+def test_fewer_layers_than_the_file_are_an_error(framework, change, foreign_model, tmp_path):
+    start = replace(change(n_layer=1), tokenizer=load_tokenizer(str(foreign_model)))
+    with pytest.raises(UserError, match=r"h\.1\..*config\.json"):
+        build_model(framework, start)
+    with pytest.raises(UserError, match=r"h\.1\..*config\.json"):
+        export_gpt2.main([str(foreign_model), str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("framework", SCRIPTS)
+def test_a_head_beside_a_tied_table_is_left_out_with_a_warning(
+    framework, change, foreign_model, tmp_path, capsys
+):
+    head = torch.ones(259, 16)
+    start = change(lambda state: state | {"lm_head.weight": head})
+    start = replace(start, tokenizer=load_tokenizer(str(foreign_model)))
+    model = build_model(framework, start)
+    assert "though its config.json ties them" in capsys.readouterr().out
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert "lm_head.weight" not in saved
+    export_gpt2.main([str(foreign_model), str(tmp_path / "out")])
+    assert "though its config.json ties them" in capsys.readouterr().out
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(torch.tensor([[1, 5]])).logits
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.tensor([[1, 5]])).logits
+    torch.testing.assert_close(logits, exported)
+
+
+@pytest.mark.parametrize("framework", SCRIPTS)
+def test_a_copy_of_the_table_as_head_is_no_warning(framework, change, foreign_model, capsys):
+    start = change(lambda state: state | {"lm_head.weight": state["transformer.wte.weight"] + 0})
+    build_model(framework, replace(start, tokenizer=load_tokenizer(str(foreign_model))))
+    assert "warning" not in capsys.readouterr().out
