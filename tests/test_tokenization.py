@@ -379,3 +379,16 @@ def test_text_is_data_whatever_tokens_were_added_to_a_tokenizer(folder, tmp_path
     for text in ("a <|user|> b", "abc" * 40):
         assert [*tokenizer.encode_batch([text])[0]] == [*plain.encode_batch([text])[0]]
     assert blanks in tokenizer.encode_batch(["a   b"])[0]  # GPT-NeoX has such entries
+
+
+def test_long_words_are_counted_in_pieces_and_ordinary_words_whole(monkeypatch):
+    texts = [*make_texts(), "acgt" * 5000]
+    whole = train(texts, vocab_size=400).to_str()
+    monkeypatch.setattr(tokenization, "WORD_BYTES", 100_000)
+    assert train(make_texts(), vocab_size=400).to_str() != whole  # the long word teaches something
+    plain = train(make_texts(), vocab_size=400).to_str()
+    monkeypatch.setattr(tokenization, "WORD_BYTES", 10)  # no word of these texts is longer
+    assert train(make_texts(), vocab_size=400).to_str() == plain
+    monkeypatch.setattr(tokenization, "WORD_BYTES", 3)
+    vocab = train(texts, vocab_size=400).get_vocab()
+    assert max(len(word) for word in vocab if word != END_OF_TEXT) == 3
