@@ -109,3 +109,18 @@ def test_help_takes_less_than_a_second_of_cpu():
 def test_an_empty_path_is_not_the_current_folder(cls, flags):
     with pytest.raises(UserError, match=r"--\w+ needs at least one value, and no empty one"):
         parse(cls, flags)
+
+
+@pytest.mark.parametrize(
+    ("cls", "flags", "name"),
+    [
+        (PackOptions, ["--path", "a", "--path", "b"], "path"),
+        (PackOptions, ["--path=a", "--seq_len", "8", "--path", "b"], "path"),
+        (TrainOptions, ["--max-steps=1", "--max_steps", "2"], "max_steps"),
+        (TokenizerOptions, ["--overwrite", "--no_overwrite"], "overwrite"),
+        (ExportOptions, ["run", "out", "--debug", "--debug"], "debug"),
+    ],
+)
+def test_a_flag_that_is_given_twice_is_named(cls, flags, name):
+    with pytest.raises(UserError, match=f"^--.* after --.*--{name} A B"):
+        parse(cls, flags)
