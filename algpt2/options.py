@@ -10,6 +10,7 @@ import io
 import itertools
 import re
 import reprlib
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
@@ -61,9 +62,10 @@ def parse(cls: type[Options], argv: Sequence[str] | None = None, doc: str = "") 
     Args:
         doc: docstring of the script; `--help` opens with its first line and its first command.
     Raises:
-        UserError: unknown flags, bad values.
+        UserError: unknown flags, bad values, a flag that is given twice.
     """
     _start["s"] = time.monotonic()
+    _check_given_once(sys.argv[1:] if argv is None else argv)
     groups, printed = _groups(cls), io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -84,6 +86,19 @@ def parse(cls: type[Options], argv: Sequence[str] | None = None, doc: str = "") 
     options = cls(**values)
     _check_not_empty(options)
     return options
+
+
+def _check_given_once(argv: Sequence[str]) -> None:
+    """`UserError` for a flag that is given twice: tyro would drop the first in silence."""
+    seen: dict[str, str] = {}
+    for argument in (a.partition("=")[0] for a in argv if a.startswith("--")):
+        name = argument.replace("-", "_").removeprefix("__").removeprefix("no_")
+        if name in seen:
+            raise UserError(
+                f"{argument} after {seen[name]}: expected a flag once; several values follow a"
+                f" single flag (--{name} A B)"
+            )
+        seen[name] = argument
 
 
 def _groups(cls: type) -> list[tuple[str, type, Any]]:

@@ -24,6 +24,7 @@ from .errors import UserError, describe
 END_OF_TEXT = "<|endoftext|>"
 MODEL_MAX_LENGTH = 1024  # tokens; transformers warns about longer texts
 MIN_FREQUENCY = 2  # a pair that occurs once is chance
+WORD_BYTES = 1024  # a longer word is counted in pieces: each merge in it would walk all of it
 N_BYTES = 256
 SPARE_IDS = 2**16  # ids that a vocabulary may leave out
 PACKAGE_FOLDER = Path(__file__).parent
@@ -151,6 +152,8 @@ def train(
 ) -> Tokenizer:
     """A byte-level BPE of exactly `vocab_size` entries; equal documents give equal tokenizers.
 
+    The time is linear in the text: words are cut to `WORD_BYTES` before they are counted.
+
     Args:
         control_codes: `<|endoftext|>` joins them if it is not among them.
     Raises:
@@ -164,7 +167,12 @@ def train(
             f" for {N_BYTES} bytes and {len(codes)} control code(s)"
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.FixedLength(length=WORD_BYTES),
+        ]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=n_learnt,
         min_frequency=MIN_FREQUENCY,
@@ -300,7 +308,7 @@ def _load_folder(folder: Path) -> TextTokenizer:
     try:
         _check_ids(folder)
         if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer = _load_json(folder / "tokenizer.json")
         else:
             tokenizer = _load_vocab_and_merges(folder)
         end_of_text = _end_of_text(tokenizer, folder)
@@ -319,13 +327,13 @@ def _check_ids(folder: Path) -> None:
     """Raise `ValueError` for an absurd id: the Rust side visits every id up to the largest."""
     path = folder / "tokenizer.json"
     if path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = _read_json(path)
         vocab, added = content["model"]["vocab"], content.get("added_tokens") or []
         ids = [token["id"] for token in added]
         n_ids = len(vocab) + len(ids)
         ids += vocab.values() if isinstance(vocab, dict) else []
     else:
-        ids = [*json.loads((folder / "vocab.json").read_text(encoding="utf-8")).values()]
+        ids = [*(_read_json(folder / "vocab.json") | _added_tokens(folder)).values()]
         n_ids = len(ids)
     if bad_ids := [i for i in ids if type(i) is not int or not 0 <= i < 2 * n_ids + SPARE_IDS]:
         raise ValueError(f"id {reprlib.repr(bad_ids[0])} in a vocabulary of {n_ids:,} entries")
@@ -340,13 +348,42 @@ def _load_same(folder: str, fingerprint: str) -> TextTokenizer:
 
 
 def _load_vocab_and_merges(folder: Path) -> Tokenizer:
-    """The tokenizer in GPT-2's two files."""
-    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    """The tokenizer in GPT-2's two files, with the tokens that were added to them later."""
+    vocab, added = _read_json(folder / "vocab.json"), _added_tokens(folder)
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     # Only the first line can be the version; a later line that begins with "#" is a merge.
     lines = lines[1:] if lines[0].startswith("#version") else lines
     merges = [tuple(line.split(" ")) for line in lines if line]
-    return _byte_level(vocab, merges, [END_OF_TEXT] if END_OF_TEXT in vocab else [])
+    codes = [END_OF_TEXT] if END_OF_TEXT in vocab else []
+    return _byte_level(vocab, merges, [*codes, *sorted(added, key=added.get)])
+
+
+def _added_tokens(folder: Path) -> dict[str, int]:
+    """The tokens that an old folder has beside vocab.json, as AutoTokenizer finds them."""
+    decoder = _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    added = {token["content"]: int(i) for i, token in decoder.items()}
+    return _read_json(folder / "added_tokens.json") | added
+
+
+def _load_json(path: Path) -> Tokenizer:
+    """A tokenizer.json whose added tokens are control codes: text is data, marked special or not.
+
+    Runs of blanks stay entries of the vocabulary, as GPT-NeoX has them. BPE's dropout is off: it
+    would give another encoding each time.
+    """
+    content = _read_json(path)
+    words = [t for t in content.get("added_tokens") or [] if not t["content"].isspace()]
+    if all(token["special"] for token in words) and not content["model"].get("dropout"):
+        return Tokenizer.from_file(str(path))
+    for token in words:
+        token["special"] = True
+    content["model"]["dropout"] = None
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A file of JSON; a file that is missing is empty."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _end_of_text(tokenizer: Tokenizer, folder: Path) -> str:

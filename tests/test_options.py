@@ -125,3 +125,18 @@ def test_an_empty_path_is_not_the_current_folder(cls, flags):
 def test_a_number_outside_the_range_of_its_type_is_named(cls, flags, message):
     with pytest.raises(UserError, match=f"expected .*{re.escape(message)}"):
         parse(cls, flags)
+
+
+@pytest.mark.parametrize(
+    ("cls", "flags", "name"),
+    [
+        (PackOptions, ["--path", "a", "--path", "b"], "path"),
+        (PackOptions, ["--path=a", "--seq_len", "8", "--path", "b"], "path"),
+        (TrainOptions, ["--max-steps=1", "--max_steps", "2"], "max_steps"),
+        (TokenizerOptions, ["--overwrite", "--no_overwrite"], "overwrite"),
+        (ExportOptions, ["run", "out", "--debug", "--debug"], "debug"),
+    ],
+)
+def test_a_flag_that_is_given_twice_is_named(cls, flags, name):
+    with pytest.raises(UserError, match=f"^--.* after --.*--{name} A B"):
+        parse(cls, flags)

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import describe
 from ..system.parallel import TasksStopped
-from . import unxz
+from . import decompression
 from .parts import Broken
 
 BLOCK = 512  # bytes; a tar consists of blocks
@@ -69,14 +69,14 @@ class _Prefixed(_Readable):
 
 
 class _Process:
-    """An .xz that another process decompresses, ahead of its reader (unxz.py).
+    """An .xz that another process decompresses, ahead of its reader (decompression.py).
 
     A thread would wait for Python's lock, longest while a tokenizer is loaded.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._name = file.name
-        command = [sys.executable, "-I", "-S", unxz.__file__]
+        command = [sys.executable, "-I", "-S", decompression.__file__]
         self._process = subprocess.Popen(
             command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
             pipesize=BUFFER_BYTES,
@@ -91,7 +91,7 @@ class _Process:
         """
         content = self._process.stdout.read(n)
         if not content and (code := self._process.wait()):
-            if code != unxz.DAMAGED:
+            if code != decompression.DAMAGED:
                 raise TasksStopped(
                     f"the process that decompresses {self._name} was killed or failed (out of"
                     " memory?): finished tasks are kept; repeat the command"
@@ -118,7 +118,7 @@ class _Decompressed(_Readable):
             raise Broken(self._broken)
         try:
             content = self._stream.read(len(buffer))
-        except unxz.ERRORS as error:
+        except decompression.ERRORS as error:
             if isinstance(error, OSError) and error.errno:  # of the disk, not of the data
                 raise
             reason = describe(error)
@@ -158,7 +158,7 @@ def decompressed(
     if compression is None:
         return file
     in_process = is_whole and compression == "xz"
-    stream = _Process(file) if in_process else unxz.DecompressedStream(file, compression)
+    stream = _Process(file) if in_process else decompression.DecompressedStream(file, compression)
     return io.BufferedReader(_Decompressed(stream, where), BUFFER_BYTES)
 
 

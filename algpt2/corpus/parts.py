@@ -176,6 +176,28 @@ BINARY_SUFFIXES = set(
 )
 
 
+# Files of this project that look like text, each with the file that lies beside it.
+OWN_FILES = {
+    "merges.txt": "vocab.json", "metrics.jsonl": "run.json", "samples.jsonl": "run.json",
+    "README.md": "model.safetensors",
+}  # fmt: skip
+# Of a folder that `datasets` saved with `save_to_disk`.
+SAVED_DATASET = ("state.json", "dataset_dict.json")
+
+
+def is_own_file(path: str) -> bool:
+    """True for a tokenizer's merges, a run's metrics and samples, and a model's card."""
+    folder, name = os.path.split(path)
+    beside = OWN_FILES.get(name)
+    return beside is not None and os.path.isfile(os.path.join(folder, beside))  # noqa: PTH113, PTH118
+
+
+def saved_dataset(folder: str) -> str | None:
+    """The file that marks a folder of `save_to_disk`; None for any other folder."""
+    paths = [os.path.join(folder, name) for name in SAVED_DATASET]  # noqa: PTH118
+    return next(filter(os.path.isfile, paths), None)
+
+
 def split_suffix(name: str) -> tuple[str, str | None]:
     """The suffix that tells the kind, without that of a compression; and the compression."""
     suffix = file_suffix(name)

@@ -43,6 +43,7 @@ from .parts import (
     file_suffix,
     is_hidden,
     member_kind,
+    saved_dataset,
     split_suffix,
     unreadable,
 )
@@ -182,7 +183,11 @@ class PartReader:
         dataset, *rest = [name] if Path(name).exists() else name.split(":")
         split = rest.pop() if rest else "train"
         try:
-            rows = datasets.load_dataset(dataset, *rest, split=split, streaming=True)
+            if saved_dataset(dataset):
+                rows = datasets.load_from_disk(dataset)
+                rows = rows[split] if isinstance(rows, dict) else rows
+            else:
+                rows = datasets.load_dataset(dataset, *rest, split=split, streaming=True)
             for number, row in enumerate(rows):
                 try:
                     text = _field(row, self.reading.text_key, f"hf:{name}, row {number}")

@@ -21,7 +21,7 @@ from ..corpus.documents import documents, log_counts
 from ..corpus.parts import SKIP_HINT, BrokenInput, CorpusCounts, Reading, split_suffix
 from ..errors import UserError
 from ..options import TrainOptions
-from ..runs.start import Start, check_detokenizer, open_or_pack
+from ..runs.start import Start, check_text_options, open_or_pack
 from ..shards.detokenizers import DETOKENIZERS
 from ..shards.tfrecords import MANIFEST_FILE, Manifest, PackedRows, open_rows, read_manifest
 from ..system.console import Progress, log
@@ -71,7 +71,7 @@ def choose_sets(options: TrainOptions, start: Start) -> list[EvalSet]:
         for eval_set in sets:
             if eval_set.kind == "shards":
                 (folder,) = eval_set.paths
-                check_detokenizer(folder, read_manifest(folder), data.detokenizer)
+                check_text_options(folder, read_manifest(folder), data)
         return sets
     rows = open_or_pack(data.val_path, data, start.tokenizer, start.seq_len)
     return [EvalSet("shards", public_names(data.val_path), (rows.folder,))]

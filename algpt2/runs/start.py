@@ -324,8 +324,16 @@ def open_or_pack(
             for path, code in zip(paths, codes, strict=True)
         ]
         return open_rows(join_rows(parts))
-    folder = Path(paths[0])
-    if len(paths) > 1 or not (folder / MANIFEST_FILE).is_file():
+    folder, packed = Path(paths[0]), [(Path(p) / MANIFEST_FILE).is_file() for p in paths]
+    if len(paths) > 1 and any(packed):
+        if not all(packed):
+            raise UserError(
+                f"{' '.join(paths)}: expected texts or packed shards, got both; pack the texts with"
+                " make_tfrecords.py"
+            )
+        parts = [open_or_pack([path], data, tokenizer, seq_len) for path in paths]
+        return open_rows(join_rows(parts))
+    if not packed[0]:
         folder = pack_into_cache(paths, data, tokenizer, seq_len)
     rows = open_rows(folder)
     manifest = rows.manifest
@@ -339,18 +347,28 @@ def open_or_pack(
             f"{folder} has rows of {manifest.seq_len} tokens, expected {seq_len}: "
             f"pass --seq_len {manifest.seq_len} or pack again"
         )
-    check_detokenizer(folder, manifest, data.detokenizer)
+    check_text_options(folder, manifest, data)
     return rows
 
 
-def check_detokenizer(folder: Path, manifest: Manifest, name: str | None) -> None:
-    """`UserError` if `--detokenizer` is given and shards were packed with another or none."""
-    if name not in (None, "auto", manifest.detokenizer):
-        given = f"with --detokenizer {manifest.detokenizer}"
-        raise UserError(
-            f"{folder} was packed {given if manifest.detokenizer else 'without --detokenizer'}: "
-            f"expected {name}; drop the flag, or pack the text again with --detokenizer {name}"
-        )
+TEXT_ONLY = (
+    "use_control_codes", "control_codes", "line_by_line", "document_mark", "text_key", "detokenizer"
+)  # fmt: skip
+
+
+def check_text_options(folder: Path, manifest: Manifest, data: DataOptions) -> None:
+    """`UserError` if an option for text is given and shards were packed with another value."""
+    as_packed = manifest.options | {"detokenizer": manifest.detokenizer}
+    for name in TEXT_ONLY:
+        value, packed = getattr(data, name), as_packed.get(name)
+        given = list(value) if isinstance(value, tuple) else value
+        if value != getattr(DataOptions, name) and given not in ("auto", packed):
+            shown = " ".join(given) if isinstance(given, list) else given
+            before = f"with --{name} {packed}" if packed else f"without --{name}"
+            raise UserError(
+                f"{folder} was packed {before}: expected {shown}; drop the flag, or pack the text"
+                f" again with --{name} {shown}"
+            )
 
 
 def pack_into_cache(

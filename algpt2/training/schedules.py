@@ -13,8 +13,8 @@ def lr_factor(step: int, optim: OptimOptions, n_steps: int) -> float:
 
     A linear warm-up reaches 1 at step `warmup_steps - 1`. "linear" and "cosine" then go down to
     `min_lr_ratio` at the last step, "constant" stays, and "wsd" (warm-up-stable-decay) stays until
-    it goes down linearly over the last `decay_ratio` of the run. Where `min_lr_ratio` is 0, the last
-    step is taken half a step before 0, not lost. The step of a run of one is at the peak.
+    it goes down linearly over the last `decay_ratio` of the run. Where `min_lr_ratio` is 0, the
+    last step is taken half a step before 0, not lost. The step of a run of one is at the peak.
 
     Args:
         step: the optimizer step about to be taken, from 0.

@@ -399,14 +399,14 @@ def test_a_process_that_is_killed_is_no_damage(tmp_path, started):
 
 
 def test_a_process_without_memory_is_no_damage(tmp_path, monkeypatch):
-    script = tmp_path / "unxz.py"
+    script = tmp_path / "decompression.py"
     failing = (
-        Path(archives.unxz.__file__)
+        Path(archives.decompression.__file__)
         .read_text()
         .replace("content = self._decompressor.decompress(", "raise MemoryError; (")
     )
     script.write_text(failing)
-    monkeypatch.setattr(archives.unxz, "__file__", str(script))
+    monkeypatch.setattr(archives.decompression, "__file__", str(script))
     path = write(tmp_path / "a.tar.xz", lzma.compress(pack_tar()))
     with pytest.raises(TasksStopped, match=r"killed or failed \(out of memory"):
         read(path, skip_broken=True)

@@ -750,3 +750,34 @@ def test_a_row_without_text_costs_only_itself(tmp_path, monkeypatch):
     write_parquet(tmp_path / "hf" / "a.parquet", ["x"], name="body")
     with pytest.raises(BrokenInput, match=r"row 0: no 'text'"):
         read(f"hf:{tmp_path / 'hf'}")
+
+
+def test_the_files_of_this_project_are_not_text(tmp_path):
+    write(tmp_path / "a.txt", "text")
+    files = [("merges.txt", "vocab.json"), ("metrics.jsonl", "run.json")]
+    files += [("samples.jsonl", "run.json"), ("README.md", "model.safetensors")]
+    for name, beside in files:
+        write(tmp_path / name, lines({"text": "a row"}))
+        assert len(read(tmp_path)) == 2  # until the other file is there
+        write(tmp_path / beside, "{}")
+        assert read(tmp_path) == ["text"] == read(tmp_path / "*.[tm]*")
+        (tmp_path / beside).unlink()
+        assert read(tmp_path / name) == ["a row"]
+        (tmp_path / name).unlink()
+
+
+def test_a_folder_of_save_to_disk_is_read_under_every_name(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    rows.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": rows, "valid": rows.select([1])}).save_to_disk(
+        str(tmp_path / "two")
+    )
+    for folder in ("one", "two"):
+        assert read(tmp_path / folder) == read(f"hf:{tmp_path / folder}") == ["a", "b"]
+    assert read(f"hf:{tmp_path / 'two'}:valid") == ["b"]
+    before = identify_sources(str(tmp_path / "one"))
+    os.utime(tmp_path / "one" / "state.json", ns=(1, 1))
+    assert identify_sources(str(tmp_path / "one")) != before

@@ -400,14 +400,14 @@ def test_one_table_with_a_unit_for_every_number(run, bench, capsys):
 def test_training_and_both_evaluations_agree_with_a_detokenizer(run, tmp_path):
     text = tmp_path / "wiki.txt"
     text.write_text(WIKI * 200)
-    flags = ["--seq_len=16", "--device=cpu", "--detokenizer=wikitext", f"--val_path={text}"]
+    flags = ["--seq_len=16", "--detokenizer=wikitext", f"--val_path={text}"]
     train_pt.main([
         *flags, f"--checkpoint={run}", f"--train_path={text}", f"--save_dir={tmp_path / 'tuned'}",
-        "--max_steps=1", "--lr=1e-9",
+        "--max_steps=1", "--lr=1e-9", "--device=cpu",
     ])  # fmt: skip
     (line,) = [x for x in read_json_lines(tmp_path / "tuned/metrics.jsonl") if "val_loss" in x]
     evaluate(tmp_path / "tuned", *flags, "--compressors")
-    evaluate(tmp_path / "tuned", f"--eval_sets={text}", *flags[:3], "--compressors")
+    evaluate(tmp_path / "tuned", f"--eval_sets={text}", *flags[:2], "--compressors")
     rows, documents = records(tmp_path / "tuned")
     assert rows["text"] == documents["text"] == "wikitext detokenizer"
     for record, tolerance in ((rows, 1e-6), (documents, 3e-3)):  # a stream leaves an end over
@@ -421,7 +421,7 @@ def test_training_and_both_evaluations_agree_with_a_detokenizer(run, tmp_path):
         expected = 8 * len(gzip.compress(seen, 9, mtime=0)) / (200 * len(WIKI.encode()))
         assert values["gzip -9"] == pytest.approx(expected, rel=5e-3)
     shards = rows_of(text, "wikitext", run).folder
-    evaluate(tmp_path / "tuned", f"--eval_sets={shards}", *flags[:3], "--compressors")
+    evaluate(tmp_path / "tuned", f"--eval_sets={shards}", *flags[:2], "--compressors")
     assert records(tmp_path / "tuned")[-1]["text"] == "wikitext detokenizer"
     assert records(tmp_path / "tuned")[-1]["measures"] == rows["measures"]
     options = TrainOptions(

@@ -16,9 +16,10 @@ import train_pt
 import train_tf
 from algpt2 import ALGPT2Config
 from algpt2.errors import UserError
-from algpt2.options import DataOptions, ModelOptions, TrainOptions
+from algpt2.options import DataOptions, ModelOptions, PackOptions, TrainOptions
 from algpt2.runs import checkpoints
-from algpt2.runs.start import Start, find_start
+from algpt2.runs.start import TEXT_ONLY, Start, find_start, open_or_pack
+from algpt2.shards.packing import pack
 from algpt2.system import files
 from algpt2.tokenization_algpt2 import load_tokenizer
 
@@ -216,3 +217,43 @@ def test_a_copy_of_the_table_as_head_is_no_warning(framework, change, foreign_mo
     start = change(lambda state: state | {"lm_head.weight": state["transformer.wte.weight"] + 0})
     build_model(framework, replace(start, tokenizer=load_tokenizer(str(foreign_model))))
     assert "warning" not in capsys.readouterr().out
+
+
+# --- shards ---
+
+
+@pytest.fixture
+def packed(corpus, tokenizer_folder, tmp_path):
+    """A tokenizer, and two folders of shards that were packed with it."""
+    tokenizer, folders = load_tokenizer(str(tokenizer_folder)), []
+    for split in ("train", "valid"):
+        folders.append(str(tmp_path / split))
+        pack(PackOptions((str(corpus / split),), folders[-1], seq_len=16), tokenizer)
+    return tokenizer, folders
+
+
+def test_an_option_for_text_is_refused_for_shards_that_were_packed_without_it(packed):
+    tokenizer, folders = packed
+    values = {
+        "use_control_codes": False, "control_codes": ("<|title|>",), "line_by_line": True,
+        "document_mark": "<|endoftext|>", "text_key": "body", "detokenizer": "ptb",
+    }  # fmt: skip
+    assert values.keys() == {*TEXT_ONLY}
+    for name, value in values.items():
+        with pytest.raises(UserError, match=f"was packed with.* --{name}.*drop the flag"):
+            open_or_pack(folders[:1], DataOptions(**{name: value}), tokenizer, 16)
+    same = DataOptions(control_codes=("<|endoftext|>",))
+    assert len(open_or_pack(folders[:1], same, tokenizer, 16))
+    with pytest.raises(UserError, match="was packed with --control_codes"):
+        codes = DataOptions(control_codes=("<|a|>", "<|b|>"))
+        open_or_pack(folders, codes, tokenizer, 16)
+
+
+def test_several_packed_folders_are_read_as_one(packed, corpus):
+    tokenizer, folders = packed
+    rows = open_or_pack(folders, DataOptions(), tokenizer, 16)
+    parts = [open_or_pack([folder], DataOptions(), tokenizer, 16) for folder in folders]
+    assert len(rows) == sum(map(len, parts))
+    assert (rows[len(parts[0])] == parts[1][0]).all()
+    with pytest.raises(UserError, match="expected texts or packed shards, got both"):
+        open_or_pack([folders[0], str(corpus / "valid")], DataOptions(), tokenizer, 16)

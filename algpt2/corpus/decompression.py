@@ -1,6 +1,6 @@
 """Decompression of gzip, bzip2, xz and zstd, all alike: whatever comes before damage is read.
 
-As a script it decompresses xz in a process of its own: `python unxz.py < FILE.xz`.
+As a script it decompresses xz in a process of its own: `python decompression.py < FILE.xz`.
 
 The script decompresses while its reader is busy, up to `AHEAD_CHUNKS` chunks of `CHUNK_BYTES`
 ahead. It needs only the standard library.
