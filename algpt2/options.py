@@ -378,6 +378,9 @@ class RunOptions:
     compile: Unset[bool] = None
     """torch.compile or XLA: a slow start, faster steps; XLA slows CPUs down (default: train_pt.py
     on CUDA where Triton and a C compiler are)"""
+    steps_per_call: Unset[int] = None
+    """steps between two looks at the loss and at a stop; more is faster on GPUs and TPUs (default:
+    10 in train_tfrecords.py and on CUDA in train_pt.py, else 1)"""
     overwrite: bool = False  # remove the run in save_dir and start anew
     debug: bool = False  # print a traceback with every error
 
@@ -401,6 +404,7 @@ class TrainOptions(RunOptions, CheckpointOptions):
         check_positive(self.report, "hist_steps", "keep_last", "milestone_steps", "max_minutes")
         check_positive(self.sample, "n_samples", "max_length", "temperature", "sliding_window_size")
         check_positive(self.eval, "stride", "n_eval_examples")
+        check_positive(self, "steps_per_call")
         check_between(self.optim, 0, BELOW_ONE, "beta1", "beta2", "momentum")
         check_between(self.optim, 0, 1, "min_lr_ratio", "decay_ratio")
         check_between(self.optim, 0, MAX_NUMBER, "warmup_steps", "weight_decay", "max_grad_norm")
@@ -433,16 +437,17 @@ class DeviceOptions:
     """How TensorFlow uses the devices."""
 
     n_devices: Unset[int] = None  # GPUs to use, or parts of the CPU (default: 1; all of a TPU)
-    steps_per_call: int = 1  # steps run in one compiled call; more is faster on GPUs and TPUs
 
 
 @dataclass(frozen=True)
 class TFTrainOptions(TrainOptions, DeviceOptions):
     """The options of train_tf.py."""
 
+    steps_per_call: int = 1
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "n_devices", "steps_per_call")
+        check_positive(self, "n_devices")
         if self.optim.fp16 or self.optim.precision == "fp16":
             raise UserError("fp16 needs PyTorch (train_pt.py): expected --precision bf16 or fp32")
         if self.model.init_from or self.model.init_blocks:
