@@ -137,7 +137,10 @@ def mean_loss(model: nn.Module, rows: np.ndarray, device: torch.device) -> Tenso
     Args:
         rows: (B, T + 1) token ids; position t predicts token t + 1.
     """
-    tokens = torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
+    tokens = torch.from_numpy(rows.astype(np.int64))
+    if device.type == "cuda":  # from other memory the host would wait for the copy
+        tokens = tokens.pin_memory()
+    tokens = tokens.to(device, non_blocking=True)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     if isinstance(getattr(model, "module", model), ALGPT2LMHeadModel):
         return model(inputs, shift_labels=labels, skip_logits=True, use_cache=False).loss
@@ -199,7 +202,8 @@ class Trainer(loop.Trainer):
         # The model as it is called; `self.model` is the bare one.
         self.wrapped = self.model
         if self.processes.count > 1:
-            self.wrapped = DistributedDataParallel(self.model)
+            # A view saves a copy of all gradients.
+            self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         is_fp16 = self.processes.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=is_fp16)
         self.max_norm = self.options.optim.max_grad_norm or math.inf
