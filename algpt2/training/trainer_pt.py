@@ -236,7 +236,7 @@ class Trainer(loop.Trainer):
         host_decides = self.scaler.is_enabled() or self.guard.z is not None
         return self.optimizer.judges_on_device and not host_decides
 
-    def gradients(self, step: int) -> Tensor:
+    def forward_backward(self, step: int) -> Tensor:
         """Forward and backward passes of `step`: mean loss over all processes, on the device."""
         optim, processes = self.options.optim, self.processes
         seed_step(optim.seed, step, processes.rank)
@@ -255,7 +255,7 @@ class Trainer(loop.Trainer):
 
     def judged_by_host(self) -> tuple[float, float]:
         """A step whose update waits until the host has read loss and gradient norm."""
-        total = self.gradients(self.step)
+        total = self.forward_backward(self.step)
         self.optimizer.unscale(self.scaler)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
         loss, norm = self.processes.mean(torch.stack([total, norm.to(total)])).tolist()
@@ -274,7 +274,7 @@ class Trainer(loop.Trainer):
         """
         bad, results = torch.zeros((), device=self.processes.device), []
         for step in range(self.step, self.step + n):
-            total = self.gradients(step)
+            total = self.forward_backward(step)
             divisor = None
             if self.processes.device.type == "cuda":  # saves a pass over the gradients
                 gradients = [p.grad for p in self.model.parameters() if p.grad is not None]

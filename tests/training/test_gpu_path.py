@@ -274,7 +274,7 @@ def test_no_update_follows_a_bad_step_within_a_call(monkeypatch, tmp_path):
 def test_the_optimizer_clips_by_a_divisor():
     clipped, divided = (make_trainer(False, n_layer=2) for _ in range(2))
     for trainer in (clipped, divided):
-        trainer.gradients(0)
+        trainer.forward_backward(0)
     max_norm, bad = 1e-3, torch.zeros(())
     norm = torch.nn.utils.clip_grad_norm_(clipped.model.parameters(), max_norm)
     assert norm > 10 * max_norm
