@@ -409,6 +409,9 @@ class RunOptions:
     compile: Unset[bool] = None
     """torch.compile or XLA: a slow start, faster steps; XLA slows CPUs down (default: train_pt.py
     on CUDA where Triton and a C compiler are)"""
+    steps_per_call: Unset[Count] = None
+    """steps between two looks at the loss and at a stop; more is faster on GPUs and TPUs (default:
+    10 in train_tfrecords.py and on CUDA in train_pt.py, else 1)"""
     overwrite: bool = False  # remove the run in save_dir and start anew
     debug: bool = False  # print a traceback with every error
 
@@ -448,12 +451,13 @@ class DeviceOptions:
     """How TensorFlow uses the devices."""
 
     n_devices: Unset[Count] = None  # GPUs to use, or parts of the CPU (default: 1; all of a TPU)
-    steps_per_call: Count = 1  # steps run in one compiled call; more is faster on GPUs and TPUs
 
 
 @dataclass(frozen=True)
 class TFTrainOptions(TrainOptions, DeviceOptions):
     """The options of train_tf.py."""
+
+    steps_per_call: Count = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

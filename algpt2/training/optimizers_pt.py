@@ -39,6 +39,23 @@ class Optimizers:
                 scaler.step(optimizer)
         scaler.update()
 
+    @property
+    def judges_on_device(self) -> bool:
+        """Whether `step_unless` works: fused AdamW alone can leave an update out by itself."""
+        return all(isinstance(optimizer, torch.optim.AdamW) for optimizer in self.optimizers)
+
+    def step_unless(self, bad: Tensor, divisor: Tensor | None) -> None:
+        """Update the parameters if `bad` is 0; the host reads nothing.
+
+        Args:
+            bad: float32 scalar, 0 or 1. At 1 weights, moments and step counts stay as they are.
+            divisor: of the gradients, float32 scalar; None: 1.
+        """
+        for optimizer in self.optimizers:
+            # torch's GradScaler gives these two to a fused optimizer in the same way.
+            optimizer.found_inf, optimizer.grad_scale = bad, divisor
+            optimizer.step()
+
     def state_tensors(self) -> dict[str, Tensor]:
         """The whole state as `{parameter name}/{slot}`; Python numbers become float64 scalars."""
         tensors = {}

@@ -33,6 +33,9 @@ from .optimizers_pt import Optimizers, build_optimizer
 # A gradient that overflows here, after 30 halvings of the scaler's, is infinite at any scale.
 MIN_LOSS_SCALE = 1e-4
 
+# A read of the loss lets the GPU wait for the host to start the next step.
+STEPS_PER_CALL_CUDA = 10
+
 
 # --- model ---------------------------------------------------------------------------------------
 
@@ -127,7 +130,10 @@ def mean_loss(model: nn.Module, rows: np.ndarray, device: torch.device) -> Tenso
     Args:
         rows: (B, T + 1) token ids; position t predicts token t + 1.
     """
-    tokens = torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
+    tokens = torch.from_numpy(rows.astype(np.int64))
+    if device.type == "cuda":  # from other memory the host would wait for the copy
+        tokens = tokens.pin_memory()
+    tokens = tokens.to(device, non_blocking=True)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     if isinstance(bare(model), ALGPT2LMHeadModel):
         return model(inputs, shift_labels=labels, skip_logits=True, use_cache=False).loss
@@ -196,9 +202,13 @@ class Trainer(loop.Trainer):
         # The model as it is called; `self.model` is the bare one.
         self.wrapped = self.model
         if self.processes.count > 1:
-            self.wrapped = DistributedDataParallel(self.model)
+            # A view saves a copy of all gradients.
+            self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         is_fp16 = self.processes.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=is_fp16)
+        self.max_norm = self.options.optim.max_grad_norm or math.inf
+        on_cuda = self.processes.device.type == "cuda"
+        self.steps_per_call = self.options.steps_per_call or (STEPS_PER_CALL_CUDA if on_cuda else 1)
 
     @staticmethod
     def build_parts(
@@ -209,35 +219,67 @@ class Trainer(loop.Trainer):
         lr = peak_lr(options.optim, options.model)
         return model, build_optimizer(model, options.optim, lr)
 
-    def train_step(self) -> tuple[float, float]:
-        optim, processes, scaler = self.options.optim, self.processes, self.scaler
-        seed_step(optim.seed, self.step, processes.rank)
+    @property
+    def judges_on_device(self) -> bool:
+        """Whether the host may start a step before it has read the one before. It may not with a
+        loss scale or `--skip_outliers`, whose limits follow from what it reads."""
+        host_decides = self.scaler.is_enabled() or self.guard.z is not None
+        return self.optimizer.judges_on_device and not host_decides
+
+    def forward_backward(self, step: int) -> Tensor:
+        """Forward and backward passes of `step`: mean loss over all processes, on the device."""
+        optim, processes = self.options.optim, self.processes
+        seed_step(optim.seed, step, processes.rank)
         self.model.train()
         self.model.zero_grad(set_to_none=True)
-
-        # Forward and backward; the last pass of a step averages the gradients of all processes.
+        # The last pass of a step averages the gradients of all processes.
         total = torch.zeros((), device=processes.device)
-        for i, rows in enumerate(self.inputs.batches(self.step)):
+        for i, rows in enumerate(self.inputs.batches(step)):
             is_last = i == optim.grad_steps - 1 or processes.count == 1
             with contextlib.nullcontext() if is_last else self.wrapped.no_sync():
                 with processes.autocast():
                     loss = mean_loss(self.wrapped, rows, processes.device) / optim.grad_steps
-                scaler.scale(loss).backward()
+                self.scaler.scale(loss).backward()
             total += loss.detach()
+        return total
 
-        # Clip
-        self.optimizer.unscale(scaler)
-        max_norm = optim.max_grad_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        loss, norm = processes.mean(torch.stack([total, norm.to(total)])).tolist()
-
-        # Step
+    def judged_by_host(self) -> tuple[float, float]:
+        """A step whose update waits until the host has read loss and gradient norm."""
+        total = self.forward_backward(self.step)
+        self.optimizer.unscale(self.scaler)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        loss, norm = self.processes.mean(torch.stack([total, norm.to(total)])).tolist()
         if self.allows(loss, norm):
             self.optimizer.set_lr(self.lr_factor(self.step))
-            self.optimizer.step(scaler)
+            self.optimizer.step(self.scaler)
         else:
-            scaler.update()
+            self.scaler.update()
         self.step += 1
+        return loss, norm
+
+    def judged_by_device(self, n: int) -> tuple[float, float]:
+        """`n` steps that the host starts one after another and then reads at once.
+
+        Behind a step that is not finite no update follows: the weights are those before it.
+        """
+        bad, results = torch.zeros((), device=self.processes.device), []
+        for step in range(self.step, self.step + n):
+            total = self.forward_backward(step)
+            divisor = None
+            if self.processes.device.type == "cuda":  # saves a pass over the gradients
+                gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+                norm = nn.utils.get_total_norm(gradients)
+                divisor = ((norm + 1e-6) / self.max_norm).clamp(min=1.0)
+            else:
+                norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+            results.append(self.processes.mean(torch.stack([total, norm.to(total)])))
+            bad = torch.maximum(bad, 1 - results[-1].isfinite().all().float())
+            self.optimizer.set_lr(self.lr_factor(step))
+            self.optimizer.step_unless(bad, divisor)
+        for loss, norm in torch.stack(results).tolist():
+            is_finite = math.isfinite(loss) and math.isfinite(norm)
+            self.guard.record(self.step + 1, loss, norm, is_finite, self.hint)
+            self.step += 1
         return loss, norm
 
     def allows(self, loss: float, norm: float) -> bool:
@@ -253,8 +295,11 @@ class Trainer(loop.Trainer):
     def train_steps(self, n: int) -> tuple[float, float]:
         """Take `n` optimizer steps; loss and gradient norm of the last."""
         start_s = time.monotonic()
-        for _ in range(n):
-            loss, norm = self.train_step()
+        if self.judges_on_device:
+            loss, norm = self.judged_by_device(n)
+        else:
+            for _ in range(n):
+                loss, norm = self.judged_by_host()
         if self.compiles:
             s = time.monotonic() - start_s
             log(f"compiled: the first {n} steps took {s:.0f} s; --no_compile starts at once")

@@ -1,6 +1,7 @@
 """What makes a GPU fast and a CPU can show: no host reads, no mask, one graph for all layers."""
 
 import functools
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,11 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from algpt2 import ALGPT2Config, ALGPT2LMHeadModel, kernels_algpt2
+from algpt2.errors import NonFiniteError
 from algpt2.kernels_algpt2 import LMHead, _CompiledHeadCrossEntropy, piece_loss
 from algpt2.options import OptimOptions, TrainOptions, parse
 from algpt2.shards.batches import RowInputs
 from algpt2.system import processes_pt
 from algpt2.system.processes_pt import Processes
+from algpt2.training import trainer_pt
 from algpt2.training.optimizers_pt import build_optimizer
 from algpt2.training.trainer_pt import Trainer, evaluate
 
@@ -141,6 +144,9 @@ def test_compiled_blocks_keep_the_chunked_loss_in_ddp(
     with torch._dynamo.config.patch(error_on_recompile=True):
         plain, compiled = ([t.train_step() for _ in range(3)] for t in trainers)
     assert all(isinstance(t.wrapped, DistributedDataParallel) for t in trainers)
+    gradients = [p.grad for p in trainers[1].model.parameters()]
+    storages = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+    assert len(storages) < len(gradients)  # views of DDP's buckets, which it reduces in place
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     for a, b in zip(plain, compiled, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
@@ -220,3 +226,67 @@ def test_the_compiled_loss_measures_without_gradients():
     loss, d_logits = piece_loss(hidden, F.pad(weight, (0, 0, 0, 125)), labels[:, None], 131, False)
     assert d_logits is None
     torch.testing.assert_close(loss / 20, plain_loss(hidden, weight, labels))
+
+
+# --- several steps in a call ---------------------------------------------------------------------
+
+
+def assert_same_state(a, b):
+    assert a.step == b.step
+    pairs = [(a.parameters(), b.parameters()), (a.state_tensors(), b.state_tensors())]
+    for x, y in pairs:
+        assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_ten_steps_in_a_call_give_the_bytes_of_ten_calls():
+    one, ten = (make_trainer(False, n_layer=2, resid_pdrop=0.1) for _ in range(2))
+    results = [one.train_steps(1) for _ in range(10)]
+    assert ten.train_steps(10) == results[-1]
+    assert_same_state(one, ten)
+
+
+def test_nothing_is_read_between_the_steps_of_a_call():
+    trainer = make_trainer(False, n_layer=2)
+    trainer.train_steps(1)
+    with Operators() as run:
+        trainer.train_steps(3)
+    assert len([name for name in run.names if "_fused_adamw" in name]) == 2 * 3  # groups, steps
+    assert [name for name in run.names if "_local_scalar_dense" in name] == []
+
+
+def test_no_update_follows_a_bad_step_within_a_call(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where no run is
+    good, bad = (make_trainer(False, n_layer=2) for _ in range(2))
+    good.train_steps(3)
+    whole, passes = trainer_pt.mean_loss, []
+
+    def poisoned(*args):
+        passes.append(None)
+        return whole(*args) * (math.nan if len(passes) == 2 * 3 + 1 else 1)  # two passes a step
+
+    monkeypatch.setattr(trainer_pt, "mean_loss", poisoned)
+    with pytest.raises(NonFiniteError, match="step 4: loss nan"):
+        bad.train_steps(10)
+    assert len(passes) == 2 * 10  # the host learned of it at the end of the call
+    assert_same_state(good, bad)
+
+
+def test_the_optimizer_clips_by_a_divisor():
+    clipped, divided = (make_trainer(False, n_layer=2) for _ in range(2))
+    for trainer in (clipped, divided):
+        trainer.forward_backward(0)
+    max_norm, bad = 1e-3, torch.zeros(())
+    norm = torch.nn.utils.clip_grad_norm_(clipped.model.parameters(), max_norm)
+    assert norm > 10 * max_norm
+    clipped.optimizer.step_unless(bad, None)
+    divided.optimizer.step_unless(bad, (norm + 1e-6) / max_norm)
+    for a, b in zip(clipped.model.parameters(), divided.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_per_call_is_an_option():
+    trainer = make_trainer(False)
+    assert trainer.steps_per_call == 1
+    trainer.options = replace(trainer.options, steps_per_call=7)
+    trainer.__post_init__()
+    assert trainer.steps_per_call == 7

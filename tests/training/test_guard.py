@@ -520,7 +520,7 @@ def test_max_minutes_counts_from_the_start_of_the_command(flags, tmp_path, monke
     now = [1000.0]
     monkeypatch.setattr(options.time, "monotonic", lambda: now[0])
     trainer = trainer_pt.Trainer
-    evaluate, step, prepare = trainer.evaluate, trainer.train_step, trainer.build_parts
+    evaluate, steps, prepare = trainer.evaluate, trainer.train_steps, trainer.build_parts
 
     def slow_start(*arguments):
         now[0] += 30.0  # packing, imports, compilation
@@ -530,13 +530,13 @@ def test_max_minutes_counts_from_the_start_of_the_command(flags, tmp_path, monke
         now[0] += 100.0
         return evaluate(*arguments, **more)
 
-    def slow_step(trainer):
-        now[0] += 10.0
-        return step(trainer)
+    def slow_steps(trainer, n):
+        now[0] += 10.0 * n
+        return steps(trainer, n)
 
     monkeypatch.setattr(trainer, "build_parts", staticmethod(slow_start))
     monkeypatch.setattr(trainer, "evaluate", staticmethod(slow_evaluation))
-    monkeypatch.setattr(trainer, "train_step", slow_step)
+    monkeypatch.setattr(trainer, "train_steps", slow_steps)
     stops = []
     for _ in range(4):
         assert train_pt.main(flags(max_minutes=1)) == EXIT_STOPPED
