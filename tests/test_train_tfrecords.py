@@ -24,7 +24,6 @@ import train_tfrecords
 from algpt2.errors import EXIT_STOPPED, UserError
 from algpt2.options import OptimOptions, TFTrainOptions
 from algpt2.shards.inputs_tf import (
-    FileRows,
     ShardInputs,
     check_shards,
     find_shards,
@@ -218,7 +217,7 @@ def corrupt(source, folder, place):
 @pytest.mark.parametrize("place", ["length", "head", "tokens", "crc"])
 def test_a_corrupt_record_is_named_with_shard_and_row(packed, flags, tmp_path, place):
     train, val = (corrupt(packed / name, tmp_path / name, place) for name in ("train", "val"))
-    rows = FileRows(find_shards("--val_path", [str(val)]))
+    rows = find_shards("--val_path", [str(val)])
     with pytest.raises(UserError, match=r"val/1\.tfrecord: row 5 is corrupt"):
         rows[np.arange(len(rows))]
     with pytest.raises(UserError, match=r"train/1\.tfrecord: row 5 is corrupt"):
