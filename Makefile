@@ -1,10 +1,11 @@
-# make venv | quickstart | test | test-tf218 | lint | bench      (the environment is .venv, made on first use)
+# make venv | quickstart | test | test-arithmetic | test-tf218 | lint | bench
+# (the environment is .venv, made on first use)
 
 PYTHON ?= python3
 PY := .venv/bin/python
 RUN := runs/quickstart
 
-.PHONY: venv quickstart test test-tf218 lint bench clean
+.PHONY: venv quickstart test test-arithmetic test-tf218 lint bench clean
 
 # The environment is rebuilt whenever requirements.txt is not the one that it was built from.
 # algpt2.pth is an editable install by a relative path: in a worktree whose .venv is a link, scripts
@@ -37,6 +38,17 @@ quickstart: venv
 
 test: venv lint
 	$(PY) -m pytest
+
+# The arithmetic of other processors, as far as this one can imitate it.
+ARITHMETICS := OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default \
+  ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE DNNL_MAX_CPU_ISA=SSE41 DNNL_MAX_CPU_ISA=AVX2 \
+  TF_ENABLE_ONEDNN_OPTS=0 TF_ENABLE_ONEDNN_OPTS=1
+
+test-arithmetic: venv
+	@for setting in $(ARITHMETICS); do \
+	  echo "== $$setting"; \
+	  env $$setting $(PY) -m pytest -m numeric || failed="$$failed $$setting"; \
+	done; test -z "$$failed" || { echo "failed with:$$failed"; exit 1; }
 
 # The TensorFlow of a v3 pod, as worker 0 has it. The PyTorch that it is held against is that of .venv.
 test-tf218: venv

@@ -37,7 +37,7 @@ def train(flags: TFRecordOptions) -> int | None:
     """Train until done (None) or stopped by a signal or the clock (EXIT_STOPPED)."""
     from algpt2.runs.run import Run
     from algpt2.runs.start import Start
-    from algpt2.shards.inputs_tf import FileRows, ShardInputs, check_shards, find_shards
+    from algpt2.shards.inputs_tf import ShardInputs, check_shards, find_shards
     from algpt2.system.console import log
     from algpt2.system.processes_tf import start_processes
     from algpt2.training.trainer_tf import Trainer
@@ -55,7 +55,7 @@ def train(flags: TFRecordOptions) -> int | None:
     start = start.with_shards(data, shards.manifest)
     with Run.open(options, shards, val_shards, processes, n_rows) as run:
         inputs = ShardInputs(shards, options, processes)
-        trainer = Trainer.build(options, start, inputs, FileRows(val_shards), processes, run)
+        trainer = Trainer.build(options, start, inputs, val_shards, processes, run)
         done = trainer.fit(run)
     return trainer.finish(done)
 
@@ -66,7 +66,7 @@ def evaluate_only(flags: TFRecordOptions) -> None:
     from algpt2.evaluation.sets import evaluation_of_rows
     from algpt2.export.model_card import publish_evaluation
     from algpt2.runs.start import Start
-    from algpt2.shards.inputs_tf import FileRows, check_shards, find_shards
+    from algpt2.shards.inputs_tf import check_shards, find_shards
     from algpt2.system.console import Progress
     from algpt2.system.processes_tf import start_processes
     from algpt2.training.trainer_tf import build_model, evaluate
@@ -75,12 +75,11 @@ def evaluate_only(flags: TFRecordOptions) -> None:
     start = Start.find(options.model)
     results = ResultFiles(start.result_folder)
     processes = start_processes(options, flags.tpu)
-    shards = find_shards("--val_path", options.data.val_path)
+    rows = find_shards("--val_path", options.data.val_path)
     with processes.strategy.scope():
         model = build_model(start, processes.dtype)
     seq_len, config = options.data.seq_len, model.config.to_dict()
-    check_shards("--val_path", shards, 1, seq_len, config, False)
-    rows = FileRows(shards)
+    check_shards("--val_path", rows, 1, seq_len, config, False)
     with Progress("evaluate", total=len(rows), unit="row") as progress:
         batch_size = options.optim.batch_size
         loss = evaluate(model, rows, processes, batch_size, tick=progress.update)

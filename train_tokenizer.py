@@ -4,9 +4,11 @@
     python3 train_tokenizer.py --train_path text/ --save_path tokenizer/ --n_files 1000000
     python3 train_tokenizer.py --train_path a.parquet b.jsonl.gz --max_bytes 1000000000
 
-The same text gives the same tokenizer, byte for byte; <|endoftext|> has the last id.
+The same text gives the same tokenizer, byte for byte; <|endoftext|> has the last id. A word of more
+than 1,024 bytes (base64, DNA) is counted in pieces: the time is linear in the text.
 """
 
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from algpt2.tokenization_algpt2 import TextTokenizer
 
 HELD_OUT_FRACTION = 0.01  # of the documents, by hash: bytes per token is measured on them
+MERGING_S = 10  # seconds between two lines while pairs are merged
 HELD_OUT_BYTES = 5_000_000  # at most: enough for three digits
 
 
@@ -36,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, value in asdict(options).items():
         log(f"{name}: {value}")
     counts, start_s = CorpusCounts(), time.monotonic()
-    reading = Reading(options.text_key, skip_broken=options.skip_broken)
+    reading = Reading(
+        options.text_key, skip_broken=options.skip_broken,
+        document_mark=options.document_mark, end_of_text=END_OF_TEXT,
+    )  # fmt: skip
     texts = documents(options.train_path, reading, n_files=options.n_files, counts=counts)
     Path(options.save_path).mkdir(parents=True, exist_ok=True)  # fails before the work, not after
 
@@ -45,8 +51,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     has_valid_split = set(options.train_path) <= {"docs:", "docs:train"}
     if not has_valid_split:
         texts = hold_out(texts, held_out)
-    texts = shown(texts, options.max_bytes, counts)
-    tokenizer = train(texts, vocab_size=options.vocab_size, control_codes=options.control_codes)
+    merged = threading.Event()
+    texts = shown(texts, options.max_bytes, counts, merged)
+    try:
+        tokenizer = train(texts, vocab_size=options.vocab_size, control_codes=options.control_codes)
+    finally:
+        merged.set()
     seconds = time.monotonic() - start_s
 
     # 2. Save, and measure the saved tokenizer
@@ -59,17 +69,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def shown(texts: Iterable[str], max_bytes: int | None, counts: "CorpusCounts") -> Iterator[str]:
-    """Pass on at most `max_bytes` of `texts`, with a progress bar; then log `counts`."""
-    from algpt2.corpus.documents import first_bytes
-    from algpt2.system.console import Progress, log
+def shown(
+    texts: Iterable[str], max_bytes: int | None, counts: "CorpusCounts", merged: threading.Event
+) -> Iterator[str]:
+    """Pass on at most `max_bytes` of `texts`, with a progress bar; then log `counts`, and how long
+    merging takes until `merged`."""
+    from algpt2.corpus.documents import first_bytes, log_counts
+    from algpt2.system.console import Progress
+    from algpt2.tokenization_algpt2 import END_OF_TEXT
 
     start_s = time.monotonic()
     with Progress("read", total=max_bytes, unit="B") as progress:
         for text in texts if max_bytes is None else first_bytes(texts, max_bytes):
             yield text
             progress.update(counts.text_bytes - progress.done)
-    log(f"read {counts} in {time.monotonic() - start_s:.1f} s; merging")
+    log_counts(counts, END_OF_TEXT, f" in {time.monotonic() - start_s:.1f} s; merging")
+    threading.Thread(target=show_merging, args=(merged,), daemon=True).start()
+
+
+def show_merging(merged: threading.Event) -> None:
+    """Log every few seconds that pairs are merged, until they are."""
+    from algpt2.system.console import log
+
+    start_s = time.monotonic()
+    while not merged.wait(MERGING_S):
+        log(f"merging for {time.monotonic() - start_s:.0f} s")
 
 
 def hold_out(texts: Iterable[str], held_out: list[str]) -> Iterator[str]:

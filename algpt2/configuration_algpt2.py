@@ -20,6 +20,13 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 MAX_LAYERS, MAX_SIZE = 10_000, 2**24  # a configuration with more is damaged or hostile
 
+# Where `trust_remote_code` finds the classes in a checkpoint's folder.
+AUTO_MAP = {
+    "AutoConfig": "configuration_algpt2.ALGPT2Config",
+    "AutoModel": "modeling_algpt2.ALGPT2Model",
+    "AutoModelForCausalLM": "modeling_algpt2.ALGPT2LMHeadModel",
+}
+
 # Names in weight files. A file of the original ALGPT2 names its block without an index:
 # transformer.h.ln_1.weight. Older GPT-2 files hold causal masks as buffers.
 UNINDEXED = r"(ln_1|attn|ln_2|mlp)\."

@@ -6,6 +6,11 @@ the model. It travels in checkpoint folders beside modeling_algpt2.py.
     V vocab_size   E embedding_size   N rows, all positions of a batch
 """
 
+import functools
+import importlib.util
+import math
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +20,10 @@ from torch import Tensor, nn
 from transformers import pytorch_utils
 from transformers.activations import ACT2FN
 
-# The loss holds float32 logits of so many rows at a time.
-LOSS_ROWS_CPU = 512
-LOSS_ROWS = 2048
+LOSS_ROWS_CPU, LOSS_ROWS = 512, 2048
+LOSS_ROWS_COMPILED = 8192  # whose float32 logits stay in registers
+COMPILES = True  # the loss on CUDA; --no_compile says False
+COLUMNS = 128  # the compiled loss pads V to a multiple: tensor cores want aligned rows
 
 # A product of few rows (the tokens that `generate` adds at a time) takes longer to read its weight
 # than to multiply, and PyTorch's float32 products on a CPU read it with one core. The two products
@@ -75,6 +81,12 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return nn.GELU(approximate="tanh") if name == "gelu_new" else ACT2FN[name]
 
 
+def loss_rows(device: str) -> int:
+    """The loss holds float32 logits of so many rows at a time on a device of this type."""
+    return LOSS_ROWS_CPU if device == "cpu" else LOSS_ROWS
+
+
+@torch.compiler.disable  # which cannot trace a gradient that the forward pass makes
 def head_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats of the logits `hidden @ weight.T`, a few rows at a time.
 
@@ -85,12 +97,28 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor
     Returns:
         A float32 scalar.
     """
-    device = hidden.device.type
+    device, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device):
-        hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
-    n_rows = LOSS_ROWS_CPU if device == "cpu" else LOSS_ROWS
-    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1, 1)  # (N, E), (N, 1)
-    return _HeadCrossEntropy.apply(hidden, weight, labels, n_rows, torch.is_grad_enabled())
+        dtype = torch.get_autocast_dtype(device)
+    hidden = hidden.to(dtype).reshape(-1, hidden.shape[-1])  # (N, E)
+    labels = labels.reshape(-1, 1)
+    if device == "cuda" and COMPILES and has_compiler(hidden.device):
+        n_pieces = math.ceil(len(hidden) / LOSS_ROWS_COMPILED)
+        function, n_rows = _CompiledHeadCrossEntropy, math.ceil(len(hidden) / n_pieces)
+    else:
+        function, n_rows = _HeadCrossEntropy, loss_rows(device)
+        weight = weight.to(dtype)
+    return function.apply(hidden, weight, labels, n_rows, torch.is_grad_enabled())
+
+
+@functools.cache
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile works here: on CUDA with Triton, which needs a C compiler and compute
+    capability 7.0."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    c_compilers = filter(None, (os.environ.get("CC"), "gcc", "clang"))
+    return any(map(shutil.which, c_compilers)) and torch.cuda.get_device_capability(device) >= (7,)
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
@@ -134,3 +162,77 @@ class _HeadCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         scale = d_loss / ctx.n
         return d_hidden.mul_(scale), d_weight.mul_(scale).to(d_hidden.dtype), None, None, None
+
+
+def piece_loss(
+    x: Tensor, weight: Tensor, y: Tensor, n_columns: int, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Summed cross-entropy of a few rows in nats, and its gradient by their logits.
+
+    Args:
+        x: states (n, E).
+        weight: (V + padding, E); the logits behind the first `n_columns` = V are -inf.
+        y: labels (n, 1).
+    Returns:
+        A float32 scalar, and (n, V + padding) in the dtype of `weight`.
+    """
+    columns = torch.arange(len(weight), device=x.device)
+    logits = torch.where(columns < n_columns, F.linear(x, weight).float(), -math.inf)
+    log_sum = logits.logsumexp(-1, keepdim=True)  # (n, 1)
+    loss = (log_sum - logits.gather(-1, y)).sum()
+    if not with_gradient:
+        return loss, None
+    d_logits = (logits - log_sum).exp() - (columns == y).float()  # softmax minus one-hot
+    return loss, d_logits.to(weight.dtype)
+
+
+@functools.cache
+def compiled_piece_loss() -> Callable:
+    """`piece_loss` for CUDA, where the logits stay in registers.
+
+    Its shapes are static: a graph for any number of rows could serve a piece in one start of a run
+    and not in the next, and its sums round differently.
+    """
+    return torch.compile(piece_loss, dynamic=False)
+
+
+class _CompiledHeadCrossEntropy(torch.autograd.Function):
+    """`_HeadCrossEntropy` for CUDA: each piece reads its logits twice and writes their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, n_rows: int, with_gradients: bool
+    ) -> Tensor:
+        ctx.n, ctx.n_columns = len(hidden), len(weight)
+        padded = F.pad(weight.to(hidden.dtype), (0, 0, 0, -len(weight) % COLUMNS))
+        piece = compiled_piece_loss()
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        d_hidden, d_weight = torch.empty_like(hidden), None
+        if with_gradients:
+            d_weight = torch.zeros_like(padded, dtype=torch.float32)
+        pieces = (tensor.split(n_rows) for tensor in (hidden, labels, d_hidden))
+        for x, y, d_x in zip(*pieces, strict=True):
+            part, d_logits = piece(x, padded, y, ctx.n_columns, with_gradients)
+            loss += part
+            if with_gradients:
+                torch.mm(d_logits, padded, out=d_x)
+                _add_product(d_weight, d_logits.T, x)
+        ctx.save_for_backward(d_hidden, d_weight)
+        return loss / len(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        scale = d_loss / ctx.n
+        d_weight = d_weight[: ctx.n_columns].mul_(scale)  # float32, as the weight
+        return d_hidden.mul_(scale), d_weight, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add `a @ b` to `total` in float32, without rounding the product to bfloat16 on CUDA."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b

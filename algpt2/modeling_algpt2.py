@@ -27,10 +27,11 @@ from transformers.modeling_utils import (
     PreTrainedModel,
     slice_logits_to_keep,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, can_return_tuple, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_algpt2 import MASK_BUFFERS, UNINDEXED, ALGPT2Config
+from .configuration_algpt2 import AUTO_MAP, MASK_BUFFERS, UNINDEXED, ALGPT2Config
 from .kernels_algpt2 import Conv1D, LMHead, activation, head_cross_entropy
 
 logger = logging.get_logger(__name__)
@@ -169,6 +170,11 @@ class ALGPT2PreTrainedModel(PreTrainedModel):
         if getattr(module, "bias", None) is not None:
             init.zeros_(module.bias)
 
+    def save_pretrained(self, *arguments: Any, **kwargs: Any) -> None:
+        """As transformers' own; config.json names the code that all Auto classes find beside it."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(*arguments, **kwargs)
+
     # Skip when reading: what transformers asks of a model.
     config: ALGPT2Config
     base_model_prefix = "transformer"
@@ -242,9 +248,15 @@ class ALGPT2Model(ALGPT2PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, E)
+        # SDPA masks plain rows itself. Making a mask reads a value from the device to find packed
+        # rows, and in a compiled graph it is a (B, 1, T, T) tensor, which flash attention refuses.
+        is_sdpa = self.config._attn_implementation == "sdpa"
+        is_plain = attention_mask is None and past_key_values is None and position_ids is None
         if position_ids is None:
             position_ids = self._positions(x.shape[1], past_key_values, x.device)  # (1, T)
-        mask = create_causal_mask(self.config, x, attention_mask, past_key_values, position_ids)
+        mask = None
+        if not (is_plain and is_sdpa):
+            mask = create_causal_mask(self.config, x, attention_mask, past_key_values, position_ids)
         x = self.drop(x + self.wpe(position_ids))
         if self.projection_layer is not None:
             x = self.projection_layer(x)  # (B, T, C)
@@ -382,3 +394,8 @@ register_checkpoint_conversion_mapping(
 if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
     AutoModel.register(ALGPT2Config, ALGPT2Model, exist_ok=True)
     AutoModelForCausalLM.register(ALGPT2Config, ALGPT2LMHeadModel, exist_ok=True)
+    # What `save_pretrained` writes then has this code beside it.
+    ALGPT2Model.register_for_auto_class("AutoModel")
+    ALGPT2LMHeadModel.register_for_auto_class("AutoModelForCausalLM")
+# transformers' Trainer smooths the labels of the causal models in this table one place ahead.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ALGPT2Config.model_type] = ALGPT2LMHeadModel.__name__

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from .kernels_tf_algpt2 import (
@@ -34,6 +35,7 @@ from .kernels_tf_algpt2 import (
     masked_softmax,
     static_shape,
 )
+from .system.console import log, untied_warning
 
 if TYPE_CHECKING:  # transformers' configurations import torch where it is installed
     from .configuration_algpt2 import ALGPT2Config
@@ -416,7 +418,9 @@ class TFALGPT2LMHeadModel(keras.Model):
         """
         parameters, state = self.named_parameters(), rename_weights(state)
         if self.lm_head is None:
-            state.pop("lm_head.weight", None)  # a copy of the embedding
+            copy, table = state.pop("lm_head.weight", None), "transformer.wte.weight"
+            if copy is not None and not np.array_equal(copy, state.get(table)):
+                log(untied_warning(self.name, "lm_head.weight", table))
         missing, extra = parameters.keys() - state.keys(), state.keys() - parameters.keys()
         if missing or extra:
             raise ValueError(

@@ -10,10 +10,11 @@ import io
 import itertools
 import re
 import reprlib
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 import tyro
 from tyro.conf import Positional, Suppress
@@ -26,9 +27,24 @@ T = TypeVar("T")
 IN_WORDS = tyro.conf.arg(help_behavior_hint="")  # the comment has the default: tyro prints none
 Unset = Annotated[T | None, IN_WORDS]  # None unless the flag is given
 
+
+class Range(NamedTuple):
+    """The smallest and the largest value of a number; `check_numbers` reads it from the type."""
+
+    low: float
+    high: float
+
+
 MAX_NUMBER = 2**53  # of steps, tokens, rows
-MAX_BATCH = 2**20  # rows, whose ids alone take 8 MB
-BELOW_ONE = 1 - 2**-53
+Count = Annotated[int, Range(1, MAX_NUMBER)]
+CountOrZero = Annotated[int, Range(0, MAX_NUMBER)]
+Batch = Annotated[int, Range(1, 2**20)]  # rows, whose ids alone take 8 MB
+Length = Annotated[int, Range(1, 2**28)]  # tokens of a row
+Positive = Annotated[float, Range(1e-300, MAX_NUMBER)]
+PositiveOrZero = Annotated[float, Range(0, MAX_NUMBER)]
+BelowOne = Annotated[float, Range(0, 0.999999)]
+Share = Annotated[float, Range(0, 1)]
+Factor = Annotated[float, Range(1e-6, 1e6)]
 
 DEFAULT_TOKENIZER = "algpt2-tokenizer"
 _start = {"s": time.monotonic()}  # of the command
@@ -46,9 +62,10 @@ def parse(cls: type[Options], argv: Sequence[str] | None = None, doc: str = "") 
     Args:
         doc: docstring of the script; `--help` opens with its first line and its first command.
     Raises:
-        UserError: unknown flags, bad values.
+        UserError: unknown flags, bad values, a flag that is given twice.
     """
     _start["s"] = time.monotonic()
+    _check_given_once(sys.argv[1:] if argv is None else argv)
     groups, printed = _groups(cls), io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -69,6 +86,19 @@ def parse(cls: type[Options], argv: Sequence[str] | None = None, doc: str = "") 
     options = cls(**values)
     _check_not_empty(options)
     return options
+
+
+def _check_given_once(argv: Sequence[str]) -> None:
+    """`UserError` for a flag that is given twice: tyro would drop the first in silence."""
+    seen: dict[str, str] = {}
+    for argument in (a.partition("=")[0] for a in argv if a.startswith("--")):
+        name = argument.replace("-", "_").removeprefix("__").removeprefix("no_")
+        if name in seen:
+            raise UserError(
+                f"{argument} after {seen[name]}: expected a flag once; several values follow a"
+                f" single flag (--{name} A B)"
+            )
+        seen[name] = argument
 
 
 def _groups(cls: type) -> list[tuple[str, type, Any]]:
@@ -124,23 +154,25 @@ def _is_rule(line: str) -> bool:
     return not line.strip("─-╰╯+")
 
 
-def check_positive(options: object, *names: str) -> None:
-    """`UserError` that names every field of `names` that is set and not above zero."""
-    wrong = {name: getattr(options, name) for name in names}
-    wrong = {name: v for name, v in wrong.items() if v is not None and not 0 < v < MAX_NUMBER}
-    if wrong:
-        given = ", ".join(f"--{n} {reprlib.repr(v)}" for n, v in wrong.items())
-        raise UserError(f"expected a number above zero, got {given}")
+def check_numbers(options: object) -> None:
+    """`UserError` that names the first number, of a group too, outside its `Range` (NaN is)."""
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if is_dataclass(value):
+            check_numbers(value)
+        for low, high in _ranges(option.type) if value is not None else ():
+            if not low <= value <= high:
+                above_zero = low > 0 and not value > 0
+                wanted = "above zero" if above_zero else f"from {low:,} to {high:,}"
+                given = f"--{option.name} {reprlib.repr(value)}"
+                raise UserError(f"expected a number {wanted}, got {given}")
 
 
-def check_between(options: object, low: float, high: float, *names: str) -> None:
-    """`UserError` that names the first field of `names` that is set and not from `low` to `high`
-    (NaN never is)."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not low <= value <= high:
-            given = f"--{name} {reprlib.repr(value)}"
-            raise UserError(f"{given}: expected a number from {low:.12g} to {high:.12g}")
+def _ranges(annotation: Any) -> Iterator[Range]:
+    if isinstance(annotation, Range):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _ranges(part)
 
 
 def check_on_disk(options: object, name: str) -> None:
@@ -157,20 +189,20 @@ class TokenizerOptions:
     """The text to train on, and the tokenizer."""
 
     train_path: tuple[str, ...] = ("docs:train",)  # folder, file, glob, hf:NAME[:SPLIT] or docs:
-    n_files: Unset[int] = None  # most files to read, in archives too; a table is one (default: all)
+    n_files: Unset[Count] = None  # most files read, in archives too; a table is one (default: all)
     save_path: str = "runs/tokenizer"  # folder to write
-    vocab_size: int = 50257  # entries, control codes included
+    vocab_size: Annotated[int, Range(1, 2**24)] = 50257  # entries, control codes included
     control_codes: tuple[str, ...] = ("<|endoftext|>",)  # <|endoftext|> has the last id
     text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
+    document_mark: Unset[str] = None  # cuts documents wherever it stands in a text (default: none)
     skip_broken: bool = False  # leave out what is damaged, named and counted, instead of stopping
-    max_bytes: Unset[int] = None  # most bytes of text to train on (default: all)
+    max_bytes: Unset[Count] = None  # most bytes of text to train on (default: all)
     overwrite: bool = False  # replace another tokenizer in save_path
     debug: bool = False  # print a traceback with every error
 
     def __post_init__(self) -> None:
-        check_positive(self, "n_files", "vocab_size", "max_bytes")
+        check_numbers(self)
         check_on_disk(self, "save_path")
-        check_between(self, 1, 2**24, "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -180,12 +212,12 @@ class ShardOptions:
     path: tuple[str, ...] = ("docs:train",)  # folder, file, glob, hf:NAME[:SPLIT] or docs:
     save_path: str = "runs/shards"  # folder or URL (gs://...): 0.tfrecord ... and manifest.json
     tokenizer: Unset[str] = None  # folder or name of a tokenizer (default: algpt2-tokenizer)
-    seq_len: int = 256  # tokens that a row predicts; its record holds one more
-    files_per_tfrecord: int = 500_000  # documents per shard; shards hold equal numbers of rows
-    n_shards: Unset[int] = None  # multiple of a pod's hosts (default: by files_per_tfrecord)
+    seq_len: Length = 256  # tokens that a row predicts; its record holds one more
+    files_per_tfrecord: Count = 500_000  # documents per shard; shards hold equal numbers of rows
+    n_shards: Unset[Batch] = None  # multiple of a pod's hosts (default: by files_per_tfrecord)
     use_control_codes: bool = True  # start each document with the first control code
     control_codes: tuple[str, ...] | None = ("<|endoftext|>",)  # the tokenizer must have them all
-    n_examples: Unset[int] = None  # rows to write at most (default: all)
+    n_examples: Unset[Count] = None  # rows to write at most (default: all)
     min_seq_len: bool = True  # join short documents, so that no row is padded: always on
 
 
@@ -194,24 +226,27 @@ class DocumentOptions:
     """Which documents are packed."""
 
     line_by_line: bool = False  # each line is a document
-    n_files: Unset[int] = None  # most files to read, in archives too; a table is one (default: all)
+    document_mark: Unset[str] = None
+    """cuts documents wherever it stands in a text, as in --document_mark '<|endoftext|>' (default:
+    nothing does)"""
+    n_files: Unset[Count] = None  # most files read, in archives too; a table is one (default: all)
     text_key: str = "text"  # column or key of the text in .parquet, .jsonl and hf:
     detokenizer: Unset[Literal["wikitext", "ptb", "lambada"]] = None
     """undo the tokenization of a benchmark's files; words and bytes are counted before (default:
     change nothing)"""
-    min_length: int = 0  # characters; shorter documents are left out, and counted
+    min_length: CountOrZero = 0  # characters; shorter documents are left out, and counted
     skip_broken: bool = False  # leave out what is damaged, named and counted, instead of stopping
     dedup: bool = False  # leave out documents whose text came before
-    valid_fraction: float = 0.0  # share of documents (by hash) for save_path/valid, beside train
+    valid_fraction: BelowOne = 0.0  # share of documents (by hash) for save_path/valid, beside train
     shuffle_documents: bool = False  # order the documents by --seed; trainers shuffle rows anyhow
-    seed: int = 42  # of --shuffle_documents
+    seed: CountOrZero = 42  # of --shuffle_documents
 
 
 @dataclass(frozen=True)
 class WorkOptions:
     """How it is done; the shards do not depend on the workers."""
 
-    workers: Unset[int] = None  # worker processes (default: one per core)
+    workers: Unset[Batch] = None  # worker processes (default: one per core)
     ray: Unset[str] = None  # Ray cluster to work on, auto or host:port (default: this machine)
     verify: Unset[str] = None  # folder or URL to check, every record (default: pack)
     overwrite: bool = False  # remove the shards in save_path and pack anew
@@ -223,13 +258,7 @@ class PackOptions(WorkOptions, DocumentOptions, ShardOptions):
     """The options of make_tfrecords.py; the fields of the last base class come first."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "seq_len", "files_per_tfrecord", "n_examples", "n_files")
-        check_positive(self, "n_shards", "workers")
-        check_between(self, 1, 2**28, "seq_len")
-        check_between(self, 1, 2**20, "n_shards", "workers")
-        check_between(self, 0, MAX_NUMBER, "seed", "min_length")
-        if not 0 <= self.valid_fraction < 1:
-            raise UserError(f"--valid_fraction {self.valid_fraction}: expected 0 or more, below 1")
+        check_numbers(self)
         if not self.min_seq_len:
             raise UserError("--no_min_seq_len would pad rows: rows are always full, drop the flag")
 
@@ -244,7 +273,7 @@ class RowOptions:
     train_path: tuple[str, ...] = ("runs/quickstart/train",)  # folder, files, patterns; gs:// too
     val_path: tuple[str, ...] = ("runs/quickstart/val",)  # the same for evaluation
     tokenizer: Unset[str] = None  # folder or name (default: the checkpoint's or algpt2-tokenizer)
-    seq_len: Unset[int] = None  # tokens per row (default: that of the shards or n_positions)
+    seq_len: Unset[Length] = None  # tokens per row (default: that of the shards or n_positions)
 
 
 @dataclass(frozen=True)
@@ -257,11 +286,12 @@ class DataOptions(RowOptions):
     control_codes: Unset[tuple[str, ...]] = None
     """text only: one code, or one per train_path; new codes are added (default: <|endoftext|>)"""
     line_by_line: bool = False  # text only: each line is a document
+    document_mark: Unset[str] = None  # text only: cuts documents wherever it stands (default: none)
     text_key: str = "text"  # text only: column or key in .parquet, .jsonl and hf:
     detokenizer: Unset[Literal["wikitext", "ptb", "lambada", "auto"]] = None
     """text only: undo the tokenization of a benchmark's files; words and bytes are counted before;
     auto goes by the file's name, for --eval_sets (default: change nothing)"""
-    n_eval_rows: Unset[int] = None  # rows of each evaluation before the last (default: all)
+    n_eval_rows: Unset[Count] = None  # rows of each evaluation before the last (default: all)
 
 
 @dataclass(frozen=True)
@@ -284,30 +314,30 @@ class OptimOptions:
     """How it is trained."""
 
     optimizer: Optimizer = "AdamW"
-    """Muon updates the matrices inside blocks; AdamW embeddings, biases and norms"""
-    lr: Unset[float] = None  # peak learning rate (default: 5e-5 with --checkpoint, else 1e-3)
+    """Muon updates the matrices inside blocks; AdamW embeddings, head, biases and norms"""
+    lr: Unset[Positive] = None  # peak learning rate (default: 5e-5 with --checkpoint, else 1e-3)
     lr_schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     """after the warm-up; wsd: constant, then linear over decay_ratio of the steps"""
-    warmup_steps: int = 0  # optimizer steps of linear warm-up
-    min_lr_ratio: float = 0.0  # learning rate of the last step over the peak
-    decay_ratio: float = 0.2  # share of the steps in which wsd decays
-    batch_size: int = 4  # rows per forward pass, over all processes
-    grad_steps: int = 1  # forward passes per optimizer step
-    epochs: float = 1.0  # passes over the training rows
-    max_steps: Unset[int] = None  # optimizer steps (default: by --epochs)
-    n_tokens: Unset[int] = None  # training tokens (default: by --epochs)
-    weight_decay: float = 0.1  # of matrices only
-    beta1: float = 0.9  # AdamW and Adafactor; 0 saves Adafactor's first moment, costs quality
-    beta2: float = 0.95  # AdamW, also beside Muon
-    momentum: float = 0.95  # Muon and SGD
+    warmup_steps: CountOrZero = 0  # optimizer steps of linear warm-up
+    min_lr_ratio: Share = 0.0  # rate of the last step over the peak; 0: half a step before 0
+    decay_ratio: Share = 0.2  # share of the steps in which wsd decays
+    batch_size: Batch = 4  # rows per forward pass, over all processes
+    grad_steps: Batch = 1  # forward passes per optimizer step
+    epochs: Positive = 1.0  # passes over the training rows
+    max_steps: Unset[Count] = None  # optimizer steps (default: by --epochs)
+    n_tokens: Unset[Count] = None  # training tokens (default: by --epochs)
+    weight_decay: PositiveOrZero = 0.1  # of matrices only
+    beta1: BelowOne = 0.9  # AdamW and Adafactor; 0 saves Adafactor's first moment, costs quality
+    beta2: BelowOne = 0.95  # AdamW, also beside Muon
+    momentum: BelowOne = 0.95  # Muon and SGD
     relative_update_scale: bool = False  # Adafactor: the rate is relative to each weight's RMS
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm; 0: never
-    skip_outliers: Unset[float] = None
+    max_grad_norm: PositiveOrZero = 1.0  # gradients are clipped to this norm; 0: never
+    skip_outliers: Unset[Positive] = None
     """leave out a batch whose loss or gradient norm is not finite, or this many standard deviations
     above the mean of the last 128 updates (6 is usual); 11 in a row stop the run (default: off)"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 if the chip has it
     fp16: bool = False  # the same as --precision fp16
-    seed: int = 42  # of weights, data order and dropout
+    seed: CountOrZero = 42  # of weights, data order and dropout
 
 
 @dataclass(frozen=True)
@@ -315,9 +345,9 @@ class KeepOptions:
     """What is kept of the run."""
 
     save_dir: str = "runs/train"  # the run's folder, or URL: metrics.jsonl, run.json, checkpoint-*
-    keep_last: int = 2  # newest checkpoints kept
-    milestone_steps: Unset[int] = None  # steps whose multiples stay for ever (default: none)
-    max_minutes: Unset[float] = None
+    keep_last: Count = 2  # newest checkpoints kept
+    milestone_steps: Unset[Count] = None  # steps whose multiples stay for ever (default: none)
+    max_minutes: Unset[Positive] = None
     """save and stop (exit code 75) this many minutes after the start, packing included, at the next
     step or evaluation batch; the same command continues (default: never)"""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online if logged in
@@ -328,11 +358,11 @@ class KeepOptions:
 class ReportOptions(KeepOptions):
     """What is reported and kept; steps are optimizer steps."""
 
-    logging_steps: int = 10  # steps between lines of metrics.jsonl
-    eval_steps: Unset[int] = None  # steps between evaluations (default: a tenth of the run)
-    save_steps: Unset[int] = None  # steps between checkpoints (default: --eval_steps)
-    sample_steps: Unset[int] = None  # steps between samples (default: never)
-    hist_steps: Unset[int] = None  # steps between histograms of weights in W&B (default: never)
+    logging_steps: Count = 10  # steps between lines of metrics.jsonl
+    eval_steps: Unset[Count] = None  # steps between evaluations (default: a tenth of the run)
+    save_steps: Unset[Count] = None  # steps between checkpoints (default: --eval_steps)
+    sample_steps: Unset[Count] = None  # steps between samples (default: never)
+    hist_steps: Unset[Count] = None  # steps between histograms of weights in W&B (default: never)
     wandb_artifacts: bool = False  # the last checkpoint of the run as a W&B artifact, too
     push_to_hub: Unset[str] = None  # private model of the hub to upload to (default: no upload)
 
@@ -342,8 +372,8 @@ class EvalOptions:
     """What --eval_only measures."""
 
     eval_sets: Annotated[tuple[str, ...], IN_WORDS] = ()  # files or folders (default: --val_path)
-    stride: Unset[int] = None  # tokens scored per window (default: seq_len, no overlap)
-    n_eval_examples: Unset[int] = None  # LAMBADA passages, BLiMP pairs per file (default: all)
+    stride: Unset[Count] = None  # tokens scored per window (default: seq_len, no overlap)
+    n_eval_examples: Unset[Count] = None  # LAMBADA passages, BLiMP pairs per file (default: all)
 
 
 @dataclass(frozen=True)
@@ -352,13 +382,14 @@ class SampleOptions:
 
     prompt: str = ""  # text to continue
     do_sample: bool = True  # --no_do_sample takes the likeliest token each time
-    n_samples: int = 3  # samples, in one batch
-    max_length: int = 200  # tokens, prompt included; past the context the window slides
-    temperature: float = 0.8  # divides the logits; 1: the model's own distribution
-    top_k: int = 0  # sample from the k likeliest tokens; 0: from all
-    top_p: float = 0.95  # sample from the likeliest tokens that hold this probability; 1: from all
-    repetition_penalty: float = 1.0  # CTRL's; 1: none
-    sliding_window_size: Unset[int] = None  # tokens kept when it slides (default: half a context)
+    n_samples: Annotated[int, Range(1, 2**16)] = 3  # samples, in one batch
+    max_length: Count = 200  # tokens, prompt included; past the context the window slides
+    temperature: Factor = 0.8  # divides the logits; 1: the model's own distribution
+    top_k: Annotated[int, Range(0, 2**31)] = 0  # sample from the k likeliest tokens; 0: from all
+    top_p: Annotated[float, Range(1e-6, 1)] = 0.95
+    """sample from the likeliest tokens that hold this probability; 1: from all"""
+    repetition_penalty: Factor = 1.0  # CTRL's; 1: none
+    sliding_window_size: Unset[Count] = None  # tokens kept when it slides (default: half a context)
 
 
 @dataclass(frozen=True)
@@ -375,7 +406,12 @@ class RunOptions:
 
     eval_only: bool = False  # evaluate --checkpoint and stop
     device: str = "auto"  # auto, cpu, and cuda or mps (PyTorch) or gpu (TensorFlow)
-    compile: bool = False  # torch.compile or XLA: a slow start, faster steps; XLA slows CPUs down
+    compile: Unset[bool] = None
+    """torch.compile or XLA: a slow start, faster steps; XLA slows CPUs down (default: train_pt.py
+    on CUDA where Triton and a C compiler are)"""
+    steps_per_call: Unset[Count] = None
+    """steps between two looks at the loss and at a stop; more is faster on GPUs and TPUs (default:
+    10 in train_tfrecords.py and on CUDA in train_pt.py, else 1)"""
     overwrite: bool = False  # remove the run in save_dir and start anew
     debug: bool = False  # print a traceback with every error
 
@@ -392,23 +428,7 @@ class TrainOptions(RunOptions, CheckpointOptions):
     eval: EvalOptions = field(default_factory=EvalOptions)
 
     def __post_init__(self) -> None:
-        check_positive(self.optim, "batch_size", "grad_steps", "max_steps", "n_tokens", "epochs")
-        check_positive(self.optim, "lr", "skip_outliers")
-        check_positive(self.data, "seq_len", "n_eval_rows")
-        check_positive(self.report, "logging_steps", "eval_steps", "save_steps", "sample_steps")
-        check_positive(self.report, "hist_steps", "keep_last", "milestone_steps", "max_minutes")
-        check_positive(self.sample, "n_samples", "max_length", "temperature", "sliding_window_size")
-        check_positive(self.eval, "stride", "n_eval_examples")
-        check_between(self.optim, 0, BELOW_ONE, "beta1", "beta2", "momentum")
-        check_between(self.optim, 0, 1, "min_lr_ratio", "decay_ratio")
-        check_between(self.optim, 0, MAX_NUMBER, "warmup_steps", "weight_decay", "max_grad_norm")
-        check_between(self.optim, 0, MAX_NUMBER, "seed")
-        check_between(self.optim, 1, MAX_BATCH, "batch_size", "grad_steps")
-        check_between(self.data, 1, 2**28, "seq_len")
-        check_between(self.sample, 1, 2**16, "n_samples")
-        check_between(self.sample, 0, 2**31, "top_k")
-        check_between(self.sample, 1e-6, 1, "top_p")
-        check_between(self.sample, 1e-6, 1e6, "repetition_penalty", "temperature")
+        check_numbers(self)
         if self.eval != EvalOptions() and not self.eval_only:
             raise UserError("--eval_sets, --n_eval_examples and --stride need --eval_only")
         if self.data.detokenizer == "auto" and not self.eval.eval_sets:
@@ -430,17 +450,17 @@ class TrainOptions(RunOptions, CheckpointOptions):
 class DeviceOptions:
     """How TensorFlow uses the devices."""
 
-    n_devices: Unset[int] = None  # GPUs to use, or parts of the CPU (default: 1; all of a TPU)
-    steps_per_call: int = 1  # steps run in one compiled call; more is faster on GPUs and TPUs
+    n_devices: Unset[Count] = None  # GPUs to use, or parts of the CPU (default: 1; all of a TPU)
 
 
 @dataclass(frozen=True)
 class TFTrainOptions(TrainOptions, DeviceOptions):
     """The options of train_tf.py."""
 
+    steps_per_call: Count = 1
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "n_devices", "steps_per_call")
         if self.optim.fp16 or self.optim.precision == "fp16":
             raise UserError("fp16 needs PyTorch (train_pt.py): expected --precision bf16 or fp32")
         if self.model.init_from or self.model.init_blocks:
@@ -468,13 +488,13 @@ class TFRecordOptimOptions(OptimOptions):
     """How it is trained."""
 
     optimizer: Optimizer = "Adafactor"  # AdamW reaches lower losses
-    lr: float | None = 1e-4  # peak learning rate
-    warmup_steps: int = 10_000  # optimizer steps of linear warm-up
+    lr: Positive | None = 1e-4  # peak learning rate
+    warmup_steps: CountOrZero = 10_000  # optimizer steps of linear warm-up
     disable_lr_schedule: bool = False  # lr from the first step to the last
-    momentum: float = 0.9  # Adafactor's first moment (0: none), Muon's and SGD's
-    batch_size: int = 8  # rows per forward pass, over all devices of all hosts
-    train_len: Unset[int] = None  # rows of an epoch (default: those of the shards)
-    beta1: Suppress[float] = OptimOptions.beta1
+    momentum: BelowOne = 0.9  # Adafactor's first moment (0: none), Muon's and SGD's
+    batch_size: Batch = 8  # rows per forward pass, over all devices of all hosts
+    train_len: Unset[Count] = None  # rows of an epoch (default: those of the shards)
+    beta1: Suppress[BelowOne] = OptimOptions.beta1
     fp16: Suppress[bool] = False
 
 
@@ -483,9 +503,9 @@ class BatchReportOptions(KeepOptions):
     """What is reported and kept."""
 
     save_dir: str = "runs/tfrecords"  # the run's folder, or URL (gs://...)
-    save_batches: int = 1000  # steps between checkpoints
-    eval_batches: Unset[int] = None  # steps between evaluations (default: --save_batches)
-    log_batches: int = 10  # steps between lines of metrics.jsonl
+    save_batches: Count = 1000  # steps between checkpoints
+    eval_batches: Unset[Count] = None  # steps between evaluations (default: --save_batches)
+    log_batches: Count = 10  # steps between lines of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -505,11 +525,10 @@ class TFRecordOptions(RunOptions, DeviceOptions, TPUOptions):
     model: TypeOptions = field(default_factory=TypeOptions)
     optim: TFRecordOptimOptions = field(default_factory=TFRecordOptimOptions)
     report: BatchReportOptions = field(default_factory=BatchReportOptions)
-    steps_per_call: int = 10
+    steps_per_call: Count = 10
 
     def __post_init__(self) -> None:
-        check_positive(self.optim, "train_len")
-        check_positive(self.report, "save_batches", "eval_batches", "log_batches")
+        check_numbers(self)
         if self.find_batch and not self.dry_run:
             raise UserError("--find_batch needs --dry_run SLICE, for example --dry_run v3-128")
         self.train_options()  # which checks all else
@@ -566,13 +585,13 @@ class PlotOptions:
     """folders of runs, or their metrics.jsonl (default: all runs in runs/)"""
     save_path: str = "curves.png"  # image to write
     x: Literal["tokens", "step", "elapsed_s"] = "tokens"  # what the curves run over
-    smooth: int = 10  # lines of metrics.jsonl averaged per drawn point; 1: none
+    smooth: Count = 10  # lines of metrics.jsonl averaged per drawn point; 1: none
     overwrite: bool = False  # replace an image that this script did not draw
     debug: bool = False  # print a traceback with every error
 
     def __post_init__(self) -> None:
         check_on_disk(self, "save_path")
-        check_positive(self, "smooth")
+        check_numbers(self)
 
 
 # --- two records of options -----------------------------------------------------------------------

@@ -245,9 +245,12 @@ class Study:
         threads, path = str(self.options.threads), str(ROOT)
         environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": path}
         with (self.runs_dir / f"{run.name}.log").open("a") as log:
+            # In a session of its own: a signal to the group would reach it twice, and a second one
+            # ends a run before it has saved.
             child = subprocess.Popen(
-                self.command(run), cwd=self.runs_dir, env=environment, stdout=log, stderr=log
-            )
+                self.command(run), cwd=self.runs_dir, env=environment, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
             self.children.add(child)
             code = child.wait()
             self.children.discard(child)

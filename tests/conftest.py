@@ -85,3 +85,38 @@ def flags(corpus, tokenizer_folder, config_folder, tmp_path):
         return as_flags(options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def foreign_tokenizer(tmp_path_factory):
+    """Another project's byte-level tokenizer: eos, bos and pad differ, and are its first ids."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("foreign") / "tokenizer"
+    codes = ["</s>", "<s>", "<pad>"]
+    entries = [*codes, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({entry: i for i, entry in enumerate(entries)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(code, normalized=False) for code in codes])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def foreign_model(foreign_tokenizer, tmp_path):
+    """A stock GPT-2 of that tokenizer, whose config.json names another end of text."""
+    import torch
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=259, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5,
+        bos_token_id=258, eos_token_id=258, pad_token_id=9,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "foreign_model")
+    AutoTokenizer.from_pretrained(foreign_tokenizer).save_pretrained(tmp_path / "foreign_model")
+    return tmp_path / "foreign_model"

@@ -72,6 +72,7 @@ def start(corpus, tokenizer_folder, config_folder, tmp_path):
     return run
 
 
+@pytest.mark.numeric
 def test_torchrun_on_one_machine_and_on_two(start, tmp_path):
     one, two = commands("torchrun")
     for processes in (

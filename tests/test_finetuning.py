@@ -31,6 +31,7 @@ def flags(flags):
 
     def make(save_dir="run", *more, **changes):
         options = {"max_steps": 4, "eval_steps": 2, "logging_steps": None} | changes
+        options |= {flag[2:]: None for flag in map(str, more) if flag.startswith("--")}
         return [*flags(save_dir, **options), *map(str, more)]
 
     return make
@@ -100,7 +101,7 @@ def test_documents_of_a_path_start_with_its_code(corpus, tokenizer):
 
 def test_codes_and_paths_that_do_not_pair_are_an_error(flags, two_texts, corpus, tmp_path):
     with pytest.raises(UserError, match=r"2 --control_codes for 1 path.*each --val_path"):
-        train_pt.main(flags("run", *two_texts, "--val_path", corpus / "valid"))
+        train_pt.main(flags("run", *two_texts[:4], corpus / "valid", *two_texts[6:]))
 
 
 # --- runs ----------------------------------------------------------------------------------------

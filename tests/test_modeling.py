@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from algpt2 import ALGPT2Config, ALGPT2LMHeadModel, ALGPT2Model, kernels_algpt2
 
+pytestmark = pytest.mark.numeric
+
 TOLERANCE = 1e-5  # float32, absolute on values of order one
 VOCAB = 97
 SHAPE = {
@@ -592,3 +594,56 @@ print(type(AutoModelForCausalLM.from_config(config)) is algpt2.ALGPT2LMHeadModel
       type(AutoModel.from_config(config)) is algpt2.ALGPT2Model, hasattr(algpt2, "nothing"))
 """
     assert run_python(code, cwd=Path(__file__).parents[1]) == "True True False\n"
+
+
+# --- what libraries and other machines make of the class -----------------------------------------
+
+
+def test_trainer_smooths_the_labels_of_the_next_tokens(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model, gpt2 = small_pair()
+    ids = torch.randint(50, (2, 8))
+    losses = []
+    for m in (model, gpt2):
+        arguments = TrainingArguments(
+            str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True
+        )
+        batch = {"input_ids": ids, "labels": ids.clone()}
+        losses.append(Trainer(m.eval(), arguments).compute_loss(m, batch).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def small_pair():
+    """A GPT-2, and the ALGPT2 of its weights."""
+    shape = {"vocab_size": 50, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2,
+             "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+    gpt2 = GPT2LMHeadModel(GPT2Config(**shape, initializer_range=0.5))
+    model = ALGPT2LMHeadModel(ALGPT2Config(**shape, num_hidden_groups=2))
+    model.load_state_dict(gpt2.state_dict())
+    return model, gpt2
+
+
+def test_a_model_saved_in_python_loads_where_the_package_is_not(tmp_path):
+    model, _ = small_pair()
+    model.save_pretrained(tmp_path / "saved")
+    code = """
+import sys, torch
+sys.modules["algpt2"] = None
+from transformers import AutoModel, AutoModelForCausalLM
+model, trunk = (
+    auto.from_pretrained(sys.argv[1], trust_remote_code=True)
+    for auto in (AutoModelForCausalLM, AutoModel)
+)
+print(model(torch.tensor([[1, 2]])).logits.sum().item(), type(trunk).__name__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "saved")], capture_output=True, text=True,
+        cwd=tmp_path, env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    total, trunk = done.stdout.split()
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor([[1, 2]])).logits.sum().item()
+    assert float(total) == pytest.approx(expected, rel=1e-4)
+    assert trunk == "ALGPT2Model"

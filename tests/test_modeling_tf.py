@@ -17,6 +17,8 @@ from algpt2.configuration_algpt2 import ALGPT2Config
 from algpt2.kernels_tf_algpt2 import dropout, gelu_new, head_cross_entropy
 from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
 
+pytestmark = pytest.mark.numeric
+
 ROOT = Path(__file__).resolve().parent.parent
 # The Python with PyTorch, where the one that runs the tests has only a TensorFlow for TPUs.
 PYTORCH = os.environ.get("PYTORCH", sys.executable)

@@ -109,3 +109,34 @@ def test_help_takes_less_than_a_second_of_cpu():
 def test_an_empty_path_is_not_the_current_folder(cls, flags):
     with pytest.raises(UserError, match=r"--\w+ needs at least one value, and no empty one"):
         parse(cls, flags)
+
+
+@pytest.mark.parametrize(
+    ("cls", "flags", "message"),
+    [
+        (TrainOptions, ["--lr=nan"], "a number above zero, got --lr nan"),
+        (TrainOptions, ["--beta1=1"], "a number from 0 to 0.999999, got --beta1 1.0"),
+        (TrainOptions, ["--batch_size=10000000000"], "from 1 to 1,048,576, got --batch_size 1000"),
+        (TrainOptions, ["--eval_steps=0"], "above zero, got --eval_steps 0"),
+        (PackOptions, ["--seed=-1"], "from 0 to 9,007,199,254,740,992, got --seed -1"),
+        (options.TFRecordOptions, ["--train_len=0"], "above zero, got --train_len 0"),
+    ],
+)
+def test_a_number_outside_the_range_of_its_type_is_named(cls, flags, message):
+    with pytest.raises(UserError, match=f"expected .*{re.escape(message)}"):
+        parse(cls, flags)
+
+
+@pytest.mark.parametrize(
+    ("cls", "flags", "name"),
+    [
+        (PackOptions, ["--path", "a", "--path", "b"], "path"),
+        (PackOptions, ["--path=a", "--seq_len", "8", "--path", "b"], "path"),
+        (TrainOptions, ["--max-steps=1", "--max_steps", "2"], "max_steps"),
+        (TokenizerOptions, ["--overwrite", "--no_overwrite"], "overwrite"),
+        (ExportOptions, ["run", "out", "--debug", "--debug"], "debug"),
+    ],
+)
+def test_a_flag_that_is_given_twice_is_named(cls, flags, name):
+    with pytest.raises(UserError, match=f"^--.* after --.*--{name} A B"):
+        parse(cls, flags)

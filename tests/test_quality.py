@@ -181,6 +181,7 @@ IDENTITIES = {
 }  # fmt: skip
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("shape", [SHARED, MIDDLE], ids=["shared", "middle"])
 @pytest.mark.parametrize("name", IDENTITIES)
 def test_what_is_on_trial_starts_as_the_shared_model(name, shape):
@@ -260,6 +261,7 @@ def test_the_input_embedding_alone_is_factorized():
     assert 0.01 < model.transformer.wte.weight.std() < 0.03  # GPT-2's 0.02, not torch's 1
 
 
+@pytest.mark.numeric
 def test_hashed_embeddings_are_few_numbers_of_full_rank_for_input_and_head():
     sizes = {"hashes": 3, "buckets": 20, "tie_word_embeddings": False}
     model = trial(**SHARED, **sizes)
@@ -291,6 +293,7 @@ def test_a_checkpoint_holds_all_of_the_model(keys, tmp_path):
     assert torch.equal(logits(read), logits(model))
 
 
+@pytest.mark.numeric
 def test_a_model_is_causal_whatever_is_on_trial():
     model = trial(**MIDDLE, **IDENTITIES["all"])
     with torch.no_grad():

@@ -97,4 +97,4 @@ def test_the_two_trainers_have_the_same_names_in_the_same_order():
     pt, tf = columns
     shared = {*pt} & {*tf}
     assert [name for name in pt if name in shared] == [name for name in tf if name in shared]
-    assert {"build_model", "mean_loss", "evaluate", "train_step", "state_tensors"} <= shared
+    assert {"build_model", "mean_loss", "evaluate", "train_steps", "state_tensors"} <= shared

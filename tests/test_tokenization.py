@@ -335,3 +335,60 @@ def test_the_shipped_tokenizer_fits_the_configs():
     assert auto(PLAIN)["input_ids"] == ids(tokenizer, PLAIN)
     for path in tokenizer.folder.iterdir():
         assert str(ROOT) not in path.read_text(encoding="utf-8"), path.name
+
+
+def test_every_file_of_an_old_folder_is_read_as_auto_tokenizer_reads_it(old_folder):
+    from transformers import AutoTokenizer
+
+    folder = old_folder
+    n = len(json.loads((folder / "vocab.json").read_text()))
+    codes = {"<|b|>": n, "<|a|>": n + 1, "<|user|>": n + 2}
+    decoder = {str(n + 3): {"content": "<|user|>", "special": False}}
+    files = {
+        "added_tokens.json": {"<|b|>": n, "<|a|>": n + 1, "<|user|>": n + 3},
+        "special_tokens_map.json": {"additional_special_tokens": ["<|a|>", "<|b|>"]},
+        "config.json": {"model_type": "gpt2"},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)
+    auto = AutoTokenizer.from_pretrained(str(folder))
+    for _ in range(2):
+        ours = load_tokenizer(str(folder))
+        assert {c: ours.token_to_id(c) for c in codes} == codes
+        assert auto.convert_tokens_to_ids(list(codes)) == list(codes.values())  # without a hole
+        assert ours.vocab_size == n + 3 and ours.with_control_codes([*codes]).n_new_codes == 0
+        assert not {*codes.values()} & {*ours.encode_batch(["a <|a|><|user|> b"])[0].tolist()}
+        (folder / "added_tokens.json").write_text(json.dumps({"<|b|>": n, "<|a|>": n + 1}))
+        config = json.dumps({"added_tokens_decoder": decoder, "tokenizer_class": "GPT2Tokenizer"})
+        (folder / "tokenizer_config.json").write_text(config)
+    (folder / "added_tokens.json").write_text(json.dumps({"<|b|>": 10**12}))
+    with pytest.raises(UserError, match="id 1000000000000"):
+        load_tokenizer(str(folder))
+
+
+def test_text_is_data_whatever_tokens_were_added_to_a_tokenizer(folder, tmp_path):
+    saved = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    saved.add_tokens(["<|user|>", "   "])
+    saved.model.dropout = 0.5
+    saved.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, plain = load_tokenizer(str(tmp_path)), load_tokenizer(str(folder))
+    user, blanks = tokenizer.token_to_id("<|user|>"), tokenizer.token_to_id("   ")
+    assert user in tokenizer.special_ids and blanks not in tokenizer.special_ids
+    assert tokenizer.with_control_codes(["<|user|>"]).n_new_codes == 0
+    for text in ("a <|user|> b", "abc" * 40):
+        assert [*tokenizer.encode_batch([text])[0]] == [*plain.encode_batch([text])[0]]
+    assert blanks in tokenizer.encode_batch(["a   b"])[0]  # GPT-NeoX has such entries
+
+
+def test_long_words_are_counted_in_pieces_and_ordinary_words_whole(monkeypatch):
+    texts = [*make_texts(), "acgt" * 5000]
+    whole = train(texts, vocab_size=400).to_str()
+    monkeypatch.setattr(tokenization, "WORD_BYTES", 100_000)
+    assert train(make_texts(), vocab_size=400).to_str() != whole  # the long word teaches something
+    plain = train(make_texts(), vocab_size=400).to_str()
+    monkeypatch.setattr(tokenization, "WORD_BYTES", 10)  # no word of these texts is longer
+    assert train(make_texts(), vocab_size=400).to_str() == plain
+    monkeypatch.setattr(tokenization, "WORD_BYTES", 3)
+    vocab = train(texts, vocab_size=400).get_vocab()
+    assert max(len(word) for word in vocab if word != END_OF_TEXT) == 3

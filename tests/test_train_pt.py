@@ -39,6 +39,7 @@ def test_a_run_leaves_these_files_and_repeating_it_says_done(flags, tmp_path, ca
     assert final_bytes(run) == before
 
 
+@pytest.mark.numeric
 def test_stopped_at_every_step_ends_with_the_same_bytes(flags, tmp_path):
     train_pt.main(flags("straight"))
     restarts = 0
@@ -50,6 +51,7 @@ def test_stopped_at_every_step_ends_with_the_same_bytes(flags, tmp_path):
     assert metrics(tmp_path / "straight", *names) == metrics(tmp_path / "stopped", *names)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("optimizer", ["Adafactor", "Muon", "SGD"])
 def test_other_optimizers_continue_exactly(flags, tmp_path, optimizer):
     train_pt.main(flags("straight", optimizer=optimizer))
@@ -108,6 +110,7 @@ def test_options_of_the_run_may_not_change_but_reports_may(flags, tmp_path):
     assert final_bytes(tmp_path / "run") != before
 
 
+@pytest.mark.numeric
 def test_shards_and_text_are_the_same_input(flags, corpus, tokenizer_folder, tmp_path):
     import make_tfrecords
 
@@ -226,6 +229,7 @@ def test_a_run_in_use_is_refused(flags, tmp_path):
             train_pt.main(flags())
 
 
+@pytest.mark.numeric
 def test_evaluation_and_samples_of_a_run(flags, corpus, tmp_path, capsys):
     train_pt.main(flags())
     run = tmp_path / "run"
@@ -270,6 +274,7 @@ def test_sampling_slides_past_the_context(config_folder, tokenizer_folder):
     assert best[n_prompt - 1 : 31] == text[n_prompt:]
 
 
+@pytest.mark.numeric
 def test_finetuning_starts_from_the_weights_of_a_checkpoint(flags, tmp_path):
     train_pt.main(flags("first"))
     checkpoint = {"config": None, "tokenizer": None, "checkpoint": tmp_path / "first"}
@@ -286,6 +291,7 @@ def run_script(command, **kwargs):
     )  # fmt: skip
 
 
+@pytest.mark.numeric
 def test_two_processes_give_the_losses_of_one(flags, tmp_path, config_folder):
     config = json.loads((config_folder / "config.json").read_text())
     config |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}

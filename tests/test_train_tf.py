@@ -39,7 +39,7 @@ def run_pytorch(code, *arguments):
 
 # --- the two frameworks --------------------------------------------------------------------------
 
-TRAIN = "import json, sys, train_pt\nfor flags in json.loads(sys.argv[1]): train_pt.main(flags)"
+TRAIN = "import json, sys, train_pt\nfor flags in json.loads(sys.argv[-1]): train_pt.main(flags)"
 INITIAL = """
 import sys, torch
 from algpt2 import ALGPT2Config, ALGPT2LMHeadModel
@@ -58,7 +58,6 @@ def frameworks(corpus, config_folder, tokenizer_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("frameworks")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALGPT2_CACHE", str(folder / "cache"))
-        run_pytorch(INITIAL, config_folder, tokenizer_folder, folder / "initial")
 
         def flags(kind, optimizer):
             half = STEPS[optimizer] // 2
@@ -71,7 +70,10 @@ def frameworks(corpus, config_folder, tokenizer_folder, tmp_path_factory):
                 "save_dir": folder / f"{kind}-{optimizer}",
             })  # fmt: skip
 
-        run_pytorch(TRAIN, json.dumps([flags("pt", optimizer) for optimizer in STEPS]))
+        run_pytorch(
+            INITIAL + TRAIN, config_folder, tokenizer_folder, folder / "initial",
+            json.dumps([flags("pt", optimizer) for optimizer in STEPS]),
+        )  # fmt: skip
         for optimizer in STEPS:
             train_tf.main(flags("tf", optimizer))
         for optimizer, n_steps in STEPS.items():
@@ -85,6 +87,7 @@ def frameworks(corpus, config_folder, tokenizer_folder, tmp_path_factory):
     return folder
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("optimizer", STEPS)
 @pytest.mark.parametrize("kind", ["tf", "pt-then-tf", "tf-then-pt"])
 def test_losses_are_those_of_pytorch(frameworks, kind, optimizer):
@@ -129,6 +132,7 @@ open(sys.argv[3], "w").write(json.dumps(found))
 """  # noqa: E501
 
 
+@pytest.mark.numeric
 def test_greedy_tokens_are_those_of_pytorch_past_the_context_too(frameworks, tmp_path):
     from algpt2.evaluation.sampling_tf import sample_tokens
     from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
@@ -165,6 +169,7 @@ def test_a_run_leaves_these_files_and_repeating_it_says_done(flags, tmp_path, ca
     assert final_bytes(run) == before
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("optimizer", ["AdamW", "Adafactor"])
 def test_stopped_and_continued_ends_with_the_same_bytes(flags, tmp_path, optimizer):
     few = {"optimizer": optimizer, "max_steps": 3, "eval_steps": 2}
@@ -178,6 +183,7 @@ def test_stopped_and_continued_ends_with_the_same_bytes(flags, tmp_path, optimiz
     assert metrics(tmp_path / "straight", *names) == metrics(tmp_path / "stopped", *names)
 
 
+@pytest.mark.numeric
 def test_several_steps_a_call_stop_at_every_report(flags, tmp_path):
     train_tf.main(flags("one"))
     train_tf.main(flags("four", steps_per_call=4, logging_steps=2))
@@ -187,6 +193,7 @@ def test_several_steps_a_call_stop_at_every_report(flags, tmp_path):
     assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-5)
 
 
+@pytest.mark.numeric
 def test_evaluation_and_samples_of_a_run(flags, corpus, tmp_path, capsys):
     train_tf.main(flags(max_steps=3))
     run = tmp_path / "run"
@@ -232,6 +239,7 @@ def test_one_sample_is_printed_as_it_comes(frameworks, monkeypatch, capsys):
     assert texts[0][6:].strip() == texts[1][6:].strip()
 
 
+@pytest.mark.numeric
 def test_finetuning_says_what_was_before_and_after(frameworks, flags, tmp_path, capsys):
     start = frameworks / "pt-AdamW"
     more = {"config": None, "tokenizer": None, "checkpoint": start, "max_steps": 3}
@@ -247,6 +255,7 @@ def test_finetuning_says_what_was_before_and_after(frameworks, flags, tmp_path, 
     assert "after 3 steps" in capsys.readouterr().out
 
 
+@pytest.mark.numeric
 def test_finetuning_adds_codes_and_continues(frameworks, flags, corpus, tmp_path, capsys):
     start = frameworks / "pt-AdamW"
     texts = [sorted((corpus / split).iterdir())[:2] for split in ("train", "valid")]
@@ -319,6 +328,7 @@ def test_another_kind_of_model_is_refused(flags, tmp_path):
         train_tf.main(flags(config=None, checkpoint=tmp_path / "llama"))
 
 
+@pytest.mark.numeric
 def test_devices_share_the_batch(frameworks, tmp_path):
     """In a process of its own: logical devices exist from the start of TensorFlow on."""
     run = json.loads((frameworks / "tf-AdamW" / "run.json").read_text())
@@ -327,7 +337,7 @@ def test_devices_share_the_batch(frameworks, tmp_path):
     cut = {name: options[name] for name in ("seq_len", "lr", "lr_schedule", "warmup_steps")}
     paths = {name: options[name][0] for name in ("train_path", "val_path")}
     flags = as_flags(cut | paths | more | {"grad_steps": 2, "max_steps": 50, "eval_steps": 50})
-    flags += ["--device=cpu", "--n_devices=4", "--steps_per_call=25", "--max_minutes=1e-9"]
+    flags += ["--device=cpu", "--n_devices=2", "--steps_per_call=25", "--max_minutes=1e-9"]
     process = subprocess.run(
         [sys.executable, "train_tf.py", *flags], cwd=ROOT, capture_output=True, text=True
     )

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -22,12 +23,22 @@ import train_tf
 import train_tfrecords
 from algpt2.errors import EXIT_STOPPED, UserError
 from algpt2.options import OptimOptions, TFTrainOptions
-from algpt2.shards.inputs_tf import ShardInputs, check_shards, find_shards, host_rows, parse_rows
+from algpt2.shards.inputs_tf import (
+    ShardInputs,
+    check_shards,
+    find_shards,
+    host_rows,
+    parse_rows,
+)
 from algpt2.shards.tfrecords import open_rows, record_dtype
 from algpt2.system import strategy_tf
 from algpt2.system.processes_tf import Processes
+from algpt2.system.script import run_script
 
 ROOT = Path(train_tfrecords.__file__).parent
+FORKSERVER = multiprocessing.get_context("forkserver")
+PRELOADED = ["train_tfrecords", "algpt2.configuration_algpt2", "algpt2.shards.inputs_tf",
+             "algpt2.training.trainer_tf"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +162,7 @@ def test_shards_are_found_by_folder_pattern_or_list(packed):
         find_shards("--train_path", paths)
         for paths in ([folder], [folder + "/"], [f"{folder}/*.tfrecord"], by_list, [f"{folder}/*"])
     ]
-    assert all(shards == found[0] for shards in found)
-    assert found[0].files == by_list
+    assert all(shards.files == by_list for shards in found)
 
 
 def test_patterns_and_manifests_that_do_not_fit_are_named(copied):
@@ -194,17 +204,30 @@ def test_shards_that_do_not_fit_hosts_or_model_are_refused(packed):
     refuse("rows of 16 tokens do not fit the model's 8 positions", n_positions=8)
 
 
-@pytest.mark.parametrize("place", ["length", "head", "tokens", "crc"])
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_corrupt_record_is_named_with_shard_and_row(packed, flags, tmp_path, place, split):
-    folder = Path(shutil.copytree(packed / split, tmp_path / split))
-    path = folder / "1.tfrecord"
-    data, size = bytearray(path.read_bytes()), record_dtype(16, "uint16").itemsize
-    at = {"length": 1, "head": 20, "tokens": 40, "crc": size - 1}[place]
-    data[5 * size + at] ^= 64
+def corrupt(source, folder, place):
+    """A copy of shards with one bit of row 5 of 1.tfrecord turned."""
+    shutil.copytree(source, folder)
+    path, size = folder / "1.tfrecord", record_dtype(16, "uint16").itemsize
+    data, at = bytearray(path.read_bytes()), {"length": 1, "head": 20, "tokens": 40}
+    data[5 * size + at.get(place, size - 1)] ^= 64
     path.write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("place", ["length", "head", "tokens", "crc"])
+def test_a_corrupt_record_is_named_with_shard_and_row(packed, flags, tmp_path, place):
+    train, val = (corrupt(packed / name, tmp_path / name, place) for name in ("train", "val"))
+    rows = find_shards("--val_path", [str(val)])
+    with pytest.raises(UserError, match=r"val/1\.tfrecord: row 5 is corrupt"):
+        rows[np.arange(len(rows))]
+    with pytest.raises(UserError, match=r"train/1\.tfrecord: row 5 is corrupt"):
+        train_tfrecords.main(flags(train_path=train, max_steps=100, save_batches=40))
+
+
+def test_a_corrupt_record_ends_a_run_that_validates(packed, flags, tmp_path):
+    folder = corrupt(packed / "val", tmp_path / "val", "tokens")
     with pytest.raises(UserError, match=r"1\.tfrecord: row 5 is corrupt"):
-        train_tfrecords.main(flags(**{f"{split}_path": folder}, max_steps=100, save_batches=40))
+        train_tfrecords.main(flags(val_path=folder))
 
 
 # --- where it trains -----------------------------------------------------------------------------
@@ -283,6 +306,7 @@ def test_a_pod_that_is_being_made_is_waited_for(monkeypatch, capsys):
 # --- a run ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.numeric
 def test_a_run_continues_exactly_and_is_evaluated(flags, packed, tmp_path, capsys):
     train_tfrecords.main(flags("straight"))
     restarts = 0
@@ -340,36 +364,54 @@ def test_the_command_of_the_project(packed, tmp_path):
 # --- several workers -----------------------------------------------------------------------------
 
 
-def start_workers(n, arguments):
-    """`n` processes on loopback that train together."""
-    sockets = [socket.socket() for _ in range(n)]
-    for one in sockets:
-        one.bind(("localhost", 0))
-    cluster = {"worker": [f"localhost:{one.getsockname()[1]}" for one in sockets]}
-    for one in sockets:
-        one.close()
-    return [
-        subprocess.Popen(
-            [sys.executable, "train_tfrecords.py", *arguments], cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env=os.environ | {"TF_CONFIG": json.dumps(
-                {"cluster": cluster, "task": {"type": "worker", "index": i}}
-            )},
-        )
-        for i in range(n)
-    ]  # fmt: skip
+class Worker(FORKSERVER.Process):
+    """train_tfrecords.py in a process that begins with TensorFlow imported, which takes longer
+    than what these tests train."""
+
+    def __init__(self, arguments, environment, output):
+        super().__init__()
+        self.arguments, self.environment, self.output = arguments, environment, output
+
+    def run(self):
+        os.environ.update(self.environment)
+        sys.argv = ["train_tfrecords.py", *self.arguments]
+        for number, path in ((1, self.output), (2, os.devnull)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        run_script(train_tfrecords.main)
+
+
+@pytest.fixture
+def start_workers(tmp_path, monkeypatch):
+    """`start_workers(n, arguments)`: n processes on loopback that train together."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    FORKSERVER.set_forkserver_preload(PRELOADED)
+
+    def start(n, arguments):
+        cluster = {"worker": [f"localhost:{port}" for port in free_ports(n)]}
+        workers = []
+        for i in range(n):
+            config = {"cluster": cluster, "task": {"type": "worker", "index": i}}
+            environment = os.environ | {"TF_CONFIG": json.dumps(config)}
+            output = tmp_path / f"output-{time.monotonic_ns()}"
+            workers.append(Worker(arguments, environment, output))
+            workers[-1].start()
+        return workers
+
+    return start
 
 
 def finish(workers):
     try:
-        outputs = [worker.communicate(timeout=600)[0] for worker in workers]
+        for worker in workers:
+            worker.join(timeout=600)
     finally:
         for worker in workers:
             worker.kill()
-    return [worker.returncode for worker in workers], outputs
+    return [w.exitcode for w in workers], [w.output.read_text() for w in workers]
 
 
-def test_workers_give_one_process_losses_also_after_one_is_killed(flags, tmp_path):
+@pytest.mark.numeric
+def test_workers_give_one_process_losses_also_after_one_is_killed(start_workers, flags, tmp_path):
     few = {"max_steps": 30, "save_batches": 10, "optimizer": "AdamW", "lr": 3e-3}
     train_tfrecords.main(flags("one", **few))
     codes, outputs = finish(start_workers(2, flags("two", **few)))
@@ -383,9 +425,9 @@ def test_workers_give_one_process_losses_also_after_one_is_killed(flags, tmp_pat
     workers = start_workers(2, flags("killed", **few))
     path = tmp_path / "killed" / "metrics.jsonl"
     while not (path.exists() and path.read_text().count("\n") > 12):
-        assert all(worker.poll() is None for worker in workers)
+        assert all(worker.is_alive() for worker in workers)
         time.sleep(0.02)
-    workers[1].send_signal(signal.SIGKILL)
+    workers[1].kill()
     codes, outputs = finish(workers)
     assert codes == [EXIT_STOPPED, -signal.SIGKILL], outputs
     assert "run the same command again, on all workers" in outputs[0]
@@ -440,7 +482,7 @@ def test_workers_meet_and_leave_their_ports_free(monkeypatch):
         strategy_tf.meet_workers()
 
 
-def test_an_error_of_process_0_is_every_workers(flags, tmp_path):
+def test_an_error_of_process_0_is_every_workers(start_workers, flags, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
     codes, _ = finish(start_workers(2, flags()))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,11 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, arguments, message):
     )  # fmt: skip
     assert process.returncode == 2
     assert message in process.stderr and process.stderr.count("\n") == 1
+
+
+def test_merging_says_how_long_it_takes(monkeypatch, capsys):
+    merged = threading.Event()
+    monkeypatch.setattr(train_tokenizer, "MERGING_S", 0.01)
+    threading.Timer(0.1, merged.set).start()
+    train_tokenizer.show_merging(merged)
+    assert "merging for 0 s" in capsys.readouterr().out

@@ -5,8 +5,8 @@ member tells its kind by its suffix and is never opened, so absolute paths and "
 Anything damaged or cut off is a `Broken` that says where; no archive ends early in silence.
 """
 
+import contextlib
 import io
-import lzma
 import os
 import re
 import subprocess
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import describe
 from ..system.parallel import TasksStopped
-from . import unxz
+from . import decompression
 from .parts import Broken
 
 BLOCK = 512  # bytes; a tar consists of blocks
@@ -36,15 +36,17 @@ ZIP_ERRORS = (
 # --- bytes ---------------------------------------------------------------------------------------
 
 
-class _Range(io.RawIOBase):
+class _Readable(io.RawIOBase):
+    def readable(self) -> bool:
+        return True
+
+
+class _Range(_Readable):
     """The bytes [start, stop) of a file."""
 
     def __init__(self, file: BinaryIO, start: int, stop: int) -> None:
         self._file, self._left = file, stop - start
         file.seek(start)
-
-    def readable(self) -> bool:
-        return True
 
     def readinto(self, buffer: memoryview) -> int:
         n = self._file.readinto(memoryview(buffer)[: min(len(buffer), self._left)])
@@ -52,32 +54,29 @@ class _Range(io.RawIOBase):
         return n
 
 
-class _Prefixed(io.RawIOBase):
+class _Prefixed(_Readable):
     """Bytes that were read ahead, then the rest of their stream."""
 
     def __init__(self, head: bytes, stream: BinaryIO) -> None:
         self._head, self._stream = head, stream
 
-    def readable(self) -> bool:
-        return True
-
     def readinto(self, buffer: memoryview) -> int:
         if not self._head:
-            return self._stream.readinto(buffer)
+            return self._stream.readinto1(buffer)  # not more: damage may come next
         n = min(len(self._head), len(buffer))
         buffer[:n], self._head = self._head[:n], self._head[n:]
         return n
 
 
 class _Process:
-    """An .xz that another process decompresses, ahead of its reader (unxz.py).
+    """An .xz that another process decompresses, ahead of its reader (decompression.py).
 
     A thread would wait for Python's lock, longest while a tokenizer is loaded.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._name = file.name
-        command = [sys.executable, "-I", "-S", unxz.__file__]
+        command = [sys.executable, "-I", "-S", decompression.__file__]
         self._process = subprocess.Popen(
             command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
             pipesize=BUFFER_BYTES,
@@ -92,7 +91,7 @@ class _Process:
         """
         content = self._process.stdout.read(n)
         if not content and (code := self._process.wait()):
-            if code != unxz.DAMAGED:
+            if code != decompression.DAMAGED:
                 raise TasksStopped(
                     f"the process that decompresses {self._name} was killed or failed (out of"
                     " memory?): finished tasks are kept; repeat the command"
@@ -108,23 +107,23 @@ class _Process:
         self._process.stderr.close()
 
 
-class _Decompressed(io.RawIOBase):
+class _Decompressed(_Readable):
     """The bytes of a decompressor; its errors become `Broken`."""
 
     def __init__(self, stream: Any, where: str) -> None:
-        self._stream, self._where = stream, where
-
-    def readable(self) -> bool:
-        return True
+        self._stream, self._where, self._broken = stream, where, ""
 
     def readinto(self, buffer: memoryview) -> int:
+        if self._broken:  # again, for a reader that looked ahead
+            raise Broken(self._broken)
         try:
             content = self._stream.read(len(buffer))
-        except (OSError, EOFError, lzma.LZMAError) as error:
+        except decompression.ERRORS as error:
             if isinstance(error, OSError) and error.errno:  # of the disk, not of the data
                 raise
             reason = describe(error)
-            raise Broken(f"{self._where}: cannot be decompressed ({reason})") from None
+            self._broken = f"{self._where}: cannot be decompressed ({reason})"
+            raise Broken(self._broken) from None
         buffer[: len(content)] = content
         return len(content)
 
@@ -140,8 +139,11 @@ def byte_range(file: BinaryIO, start: int, stop: int) -> BinaryIO:
 
 
 def look_ahead(stream: BinaryIO, n: int) -> tuple[bytes, BinaryIO]:
-    """The first `n` bytes of a stream, and the stream with them."""
-    head = stream.read(n)
+    """The first `n` bytes of a stream, fewer before damage, and the stream with them."""
+    head = b""
+    with contextlib.suppress(Broken):  # which the stream raises again
+        while len(head) < n and (content := stream.read1(n - len(head))):
+            head += content
     return head, io.BufferedReader(_Prefixed(head, stream), BUFFER_BYTES)
 
 
@@ -155,12 +157,8 @@ def decompressed(
     """
     if compression is None:
         return file
-    if compression == "xz":
-        stream = _Process(file) if is_whole else unxz.XzStream(file)
-    else:
-        import pyarrow as pa  # its zstd notices a file that was cut off; `zstandard` does not
-
-        stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression)
+    in_process = is_whole and compression == "xz"
+    stream = _Process(file) if in_process else decompression.DecompressedStream(file, compression)
     return io.BufferedReader(_Decompressed(stream, where), BUFFER_BYTES)
 
 
@@ -313,6 +311,11 @@ class TarStream:
         self._position += len(content)
         return content
 
+    def _read1(self, n: int) -> bytes:
+        content = self._stream.read1(n)  # what there is before damage
+        self._position += len(content)
+        return content
+
     def _pass_over(self, n: int) -> None:
         """Move on by `n` bytes: with a seek where the stream can."""
         if self._size is not None and n > BLOCK and self._position + n <= self._size:
@@ -329,17 +332,14 @@ class TarStream:
         return Broken(f"{self.where}, byte {position:,}: {reason}")
 
 
-class _Content(io.RawIOBase):
+class _Content(_Readable):
     """The content of a tar's current member; `Broken` if it is cut off."""
 
     def __init__(self, tar: TarStream, size: int) -> None:
         self._tar, self._left = tar, size
 
-    def readable(self) -> bool:
-        return True
-
     def readinto(self, buffer: memoryview) -> int:
-        content = self._tar._read(min(len(buffer), self._left))
+        content = self._tar._read1(min(len(buffer), self._left))
         if not content and self._left and len(buffer):
             raise self._tar._broken(self._tar._position, "cut off")
         buffer[: len(content)] = content

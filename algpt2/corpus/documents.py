@@ -10,6 +10,7 @@
 is skipped silently: `CorpusCounts` counts all that is left out.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from ..system.console import log
 from .listing import list_parts
 from .parts import BYTES, CorpusCounts, Part, Reading
 from .readers import PartReader, RawTexts
-from .words import decoded, is_blank, is_shorter
+from .words import decoded, is_blank, is_shorter, unix_line_ends
 
 
 def documents(
@@ -81,11 +82,11 @@ def read_batches(
         batch.append(text)
         n_bytes += len(text)
         if n_bytes >= batch_bytes:
-            counts.add_texts(batch)
+            counts.add_texts(batch, reading.end_of_text)
             yield batch
             batch, n_bytes = [], 0
     if batch:
-        counts.add_texts(batch)
+        counts.add_texts(batch, reading.end_of_text)
         yield batch
 
 
@@ -111,6 +112,9 @@ def _read(
 
 def _clean(raw_texts: RawTexts, reading: Reading, counts: CorpusCounts) -> Iterator[bytes]:
     """Documents out of raw texts: valid UTF-8, not blank, not too short."""
+    if reading.document_mark:
+        cut = functools.partial(_between_marks, re.escape(reading.document_mark.encode()))
+        raw_texts = itertools.chain.from_iterable(map(cut, raw_texts))
     if reading.line_by_line:
         raw_texts = itertools.chain.from_iterable(map(_lines, raw_texts))
     for raw in raw_texts:
@@ -140,10 +144,34 @@ def _utf8(raw: bytes | str | None, counts: CorpusCounts) -> bytes:
         return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text).encode()
 
 
+def _raw_bytes(raw: bytes | str | None) -> bytes:
+    return raw if isinstance(raw, bytes) else (raw or "").encode("utf-8", "surrogatepass")
+
+
+def _between_marks(mark: bytes, raw: bytes | str | None) -> Iterator[bytes]:
+    """The documents between marks, each without the line end next to a mark."""
+    raw, start = _raw_bytes(raw), 0
+    for match in re.finditer(rb"\r?\n?%b\r?\n?" % mark, raw):
+        if start < match.start():
+            yield raw[start : match.start()]
+        start = match.end()
+    if start < len(raw) or not start:
+        yield raw[start:]
+
+
 def _lines(raw: bytes | str | None) -> list[bytes]:
-    if not isinstance(raw, bytes):
-        raw = (raw or "").encode("utf-8", "surrogatepass")
-    return [line.removesuffix(b"\r") for line in raw.removesuffix(b"\n").split(b"\n")]
+    raw = _raw_bytes(raw)
+    return unix_line_ends(raw).removesuffix(b"\n").split(b"\n")
+
+
+def log_counts(counts: CorpusCounts, end_of_text: str, note: str = "") -> None:
+    """Say what was read, and warn of end-of-text marks that were read as ordinary text."""
+    log(f"read {counts}{note}")
+    if counts.end_marks:
+        log(
+            f"warning: {counts.end_marks:,} literal {end_of_text} are encoded as ordinary"
+            f" characters; if they stand between documents: --document_mark '{end_of_text}'"
+        )
 
 
 def first_bytes(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

@@ -20,8 +20,10 @@ from .parts import (
     file_stamp,
     file_suffix,
     is_hidden,
+    is_own_file,
     member_kind,
     named_kind,
+    saved_dataset,
     split_suffix,
     unreadable,
 )
@@ -77,6 +79,11 @@ class _Listing:
             yield self._docs(name or "train")
         elif self.source.startswith("hf:"):
             yield self._hf(name)
+        elif (saved := saved_dataset(path)) is not None:
+            yield Part(
+                "hf", path, self.source,
+                stamps=array("Q", [file_stamp(os.stat(saved))]),  # noqa: PTH116
+            )  # fmt: skip
         elif os.path.isdir(path):  # noqa: PTH112
             root = path.rstrip("/") + "/"
             yield from self._cut(root, self._in_folder(root))
@@ -120,6 +127,9 @@ class _Listing:
                 continue  # its files match themselves
             if is_folder:
                 files = self._in_folder(path.rstrip("/") + "/")
+            elif is_own_file(path):
+                self.counts.add_other(file_suffix(path))
+                continue
             elif os.path.isfile(path) and (kind := named_kind(path)):  # noqa: PTH113
                 files = iter([(path, kind)])
             else:
@@ -147,7 +157,7 @@ class _Listing:
             path = folder + name
             if name.endswith("/"):
                 yield from self._in_folder(path, above)
-            elif kind := member_kind(name):
+            elif (kind := member_kind(name)) and not is_own_file(path):
                 yield path, kind
             else:
                 self.counts.add_other(file_suffix(name))
@@ -307,7 +317,8 @@ def identify_parts(parts: Iterable[Part], n_files: int | None = None) -> list[di
             if part.kind == "docs":
                 identities.append({"source": source, "packages": package_versions()})
             elif part.kind == "hf":
-                identities.append({"source": source})
+                stamps = {"sha256": hashlib.sha256(part.stamps).hexdigest()} if part.stamps else {}
+                identities.append({"source": source, **stamps})
             elif n_files is None or n_files > 0 or part.n_files == 0:
                 part = part if n_files is None else part.head(n_files)
                 place = f"{part.kind}\0{part.name}\0{part.files}\0{part.start}\0{part.stop}\0"

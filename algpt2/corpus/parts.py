@@ -14,6 +14,7 @@ from ..errors import UserError
 from .words import count_line_ends, count_words
 
 BYTES = ("utf-8", "surrogateescape")  # arguments of encode and decode
+SKIP_HINT = "; --skip_broken leaves it out and counts it"
 MAX_BROKEN = 1000  # messages about damage that are kept
 
 
@@ -40,11 +41,13 @@ def unreadable(path: str, error: OSError) -> Broken:
 class Reading:
     """The options of reading; which text becomes a document."""
 
-    text_key: str = "text"  # column or key of the text in tables
+    text_key: str | None = "text"  # key of the text in tables; None: the row itself, as JSON
     line_by_line: bool = False  # each line is a document
     min_length: int = 0  # characters; shorter documents are left out
     skip_broken: bool = False  # leave out and count damaged input instead of stopping
     is_sample: bool = False  # only the first documents are wanted
+    document_mark: str | None = None  # cuts documents; neither it nor its line is text
+    end_of_text: str | None = None  # of the tokenizer: counted where a text has it, and data
 
 
 @dataclass
@@ -59,17 +62,19 @@ class CorpusCounts:
     empty: int = 0  # files, rows and lines of white space alone: no documents
     short: int = 0  # documents of fewer characters than the minimum, left out
     undecodable: int = 0  # documents in which bytes that are not UTF-8 became U+FFFD
+    end_marks: int = 0  # literal end-of-text marks in the documents
     n_broken: int = 0  # damaged files, members and lines, left out
     broken: list[str] = field(default_factory=list)  # the first thousand: where, and what
     other_files: dict[str, int] = field(default_factory=dict)  # suffix -> files that are not text
 
-    def add_texts(self, texts: Sequence[bytes]) -> None:
+    def add_texts(self, texts: Sequence[bytes], end_of_text: str | None = None) -> None:
         """Count documents, given as UTF-8; many together, as numpy's calls cost by the call."""
         joined = b"\n".join(texts)
         self.documents += len(texts)
         self.text_bytes += len(joined) - (len(texts) - 1)
         self.words += count_words(joined)
         self.line_ends += count_line_ends(joined) - (len(texts) - 1)
+        self.end_marks += joined.count(end_of_text.encode()) if end_of_text else 0
 
     def add_other(self, suffix: str) -> None:
         """Count a file that is not text."""
@@ -78,7 +83,7 @@ class CorpusCounts:
     def add_broken(self, error: Broken, reading: Reading) -> None:
         """Count damage; without `skip_broken` it is a `BrokenInput`."""
         if not reading.skip_broken:
-            raise BrokenInput(f"{error}; --skip_broken leaves it out and counts it") from None
+            raise BrokenInput(f"{error}{SKIP_HINT}") from None
         self.n_broken += 1
         if len(self.broken) < MAX_BROKEN:
             self.broken.append(str(error))
@@ -171,6 +176,28 @@ BINARY_SUFFIXES = set(
 )
 
 
+# Files of this project that look like text, each with the file that lies beside it.
+OWN_FILES = {
+    "merges.txt": "vocab.json", "metrics.jsonl": "run.json", "samples.jsonl": "run.json",
+    "README.md": "model.safetensors",
+}  # fmt: skip
+# Of a folder that `datasets` saved with `save_to_disk`.
+SAVED_DATASET = ("state.json", "dataset_dict.json")
+
+
+def is_own_file(path: str) -> bool:
+    """True for a tokenizer's merges, a run's metrics and samples, and a model's card."""
+    folder, name = os.path.split(path)
+    beside = OWN_FILES.get(name)
+    return beside is not None and os.path.isfile(os.path.join(folder, beside))  # noqa: PTH113, PTH118
+
+
+def saved_dataset(folder: str) -> str | None:
+    """The file that marks a folder of `save_to_disk`; None for any other folder."""
+    paths = [os.path.join(folder, name) for name in SAVED_DATASET]  # noqa: PTH118
+    return next(filter(os.path.isfile, paths), None)
+
+
 def split_suffix(name: str) -> tuple[str, str | None]:
     """The suffix that tells the kind, without that of a compression; and the compression."""
     suffix = file_suffix(name)
@@ -184,7 +211,8 @@ def split_suffix(name: str) -> tuple[str, str | None]:
 def file_suffix(name: str) -> str:
     """ ".txt" of "a/b.TXT"; an eighth of the time of a Path, and there are millions of names."""
     dot = name.rfind(".")
-    return name[dot:].lower() if dot > name.rfind("/") + 1 else ""
+    suffix = name[dot:].lower() if dot > name.rfind("/") + 1 else ""
+    return "" if suffix == "." or " " in suffix else suffix  # "U.S. history" has none
 
 
 def member_kind(name: str) -> str | None:

@@ -43,13 +43,23 @@ from .parts import (
     file_suffix,
     is_hidden,
     member_kind,
+    saved_dataset,
     split_suffix,
     unreadable,
 )
+from .words import unix_line_ends
 
 SMALL_BYTES = 1 << 16  # a file is read with one call up to this size
 LONG_BYTES = 1 << 24  # a longer line of JSON is decoded in less memory
 MAX_DEPTH = 4  # of archives in archives
+HEAD_BYTES = 8000  # that tell text from other content; a NUL among them is git's rule for binary
+# First bytes of content that is no UTF-8 text; UTF-32's mark begins with UTF-16's.
+FORMATS = {
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\0": "xz", b"BZh91AY&SY": "bzip2", b"PK\3\4": "zip", b"PAR1": "parquet",
+    b"%PDF-": "PDF",
+}  # fmt: skip
 
 RawTexts = Iterator[bytes | str | None]
 
@@ -62,9 +72,8 @@ class PartReader:
     """Reads parts one after the other, at most `limit` files of them (None: all).
 
     Raises (while its texts are read):
-        UserError: a table without the text's column.
         ChangedInput: a file changed or is gone.
-        BrokenInput: damage, unless `reading.skip_broken` counts it.
+        BrokenInput: damage, or a table or row without text, unless `reading.skip_broken` counts it.
     """
 
     def __init__(self, reading: Reading, counts: CorpusCounts, limit: int | None = None) -> None:
@@ -104,9 +113,11 @@ class PartReader:
             else:
                 self._begin_file()
                 try:
-                    yield _without_mark(_read_whole(path, stamp))
+                    raw = _read_whole(path, stamp)
                 except Broken as error:
                     self.counts.add_broken(error, self.reading)
+                else:
+                    yield from self._guarded(self._read_text(raw, path))
 
     def _read_file_part(self, part: Part) -> RawTexts:
         """A file in one piece: compressed, or small."""
@@ -121,7 +132,14 @@ class PartReader:
         with _unchanged(part.name, part.stamps[0]) as file:
             if not part.start:
                 self._begin_file()
-            yield from map(_without_mark, _lines_between(file, part.start, part.stop))
+            head = file.read(HEAD_BYTES)
+            file.seek(0)
+            kind = self._text_kind(head, part.name)
+            lines = _lines_between(file, part.start, part.stop)
+            if kind == "jsonl":
+                yield from self._read_rows(lines, part.name, part.start)
+            else:
+                yield from map(_plain, lines)
 
     def _read_jsonl_part(self, part: Part) -> RawTexts:
         if part.stop is None:
@@ -165,9 +183,18 @@ class PartReader:
         dataset, *rest = [name] if Path(name).exists() else name.split(":")
         split = rest.pop() if rest else "train"
         try:
-            rows = datasets.load_dataset(dataset, *rest, split=split, streaming=True)
+            if saved_dataset(dataset):
+                rows = datasets.load_from_disk(dataset)
+                rows = rows[split] if isinstance(rows, dict) else rows
+            else:
+                rows = datasets.load_dataset(dataset, *rest, split=split, streaming=True)
             for number, row in enumerate(rows):
-                yield _field(row, self.reading.text_key, f"hf:{name}, row {number}")
+                try:
+                    text = _field(row, self.reading.text_key, f"hf:{name}, row {number}")
+                except Broken as error:
+                    self.counts.add_broken(error, self.reading)
+                else:
+                    yield text
         except UserError:
             raise
         except Exception as error:  # the hub, its HTTP client and each builder raise their own
@@ -204,12 +231,43 @@ class PartReader:
             self._begin_file()
             if kind == "parquet":
                 yield from self._read_table(io.BytesIO(stream.read()), where)
-            elif kind == "jsonl":
+                return
+            head, stream = look_ahead(stream, HEAD_BYTES)
+            if "jsonl" in (self._text_kind(head, where), kind):
                 yield from self._read_rows(stream, where)
             elif self.reading.line_by_line:
-                yield from map(_without_mark, stream)
+                yield from map(_plain, stream)
             else:
-                yield _without_mark(stream.read())
+                yield _plain(stream.read())
+
+    def _read_text(self, raw: bytes, where: str) -> RawTexts:
+        """A text in memory: a document, or the rows of JSON lines."""
+        if self._text_kind(raw[:HEAD_BYTES], where) == "jsonl":
+            yield from self._read_rows(io.BytesIO(raw), where)
+        else:
+            yield _plain(raw)
+
+    def _text_kind(self, head: bytes, where: str) -> str:
+        """What text is by its first bytes, whatever its name: `text`, or `jsonl`.
+
+        JSON lines begin with an object that has the text's key, or with two objects.
+        """
+        found = next((FORMATS[mark] for mark in FORMATS if head.startswith(mark)), None)
+        if found is None and b"\0" in head:
+            found = "binary data, or UTF-16 without a mark (NUL bytes)"
+        if found:
+            raise Broken(f"{where}: expected UTF-8 text, found {found}: convert or rename it")
+        head = _plain(head)
+        if not head.startswith(b"{"):
+            return "text"
+        first, line_end, rest = head.partition(b"\n")
+        if not line_end and len(head) > HEAD_BYTES // 2:  # the line is cut
+            return "jsonl" if re.match(rb'\{ *"', first) else "text"
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(first)
+            if self.reading.text_key in row or rest.lstrip().startswith(b"{"):
+                return "jsonl"
+        return "text"
 
     def _read_members(self, tar: TarStream, depth: int) -> RawTexts:
         for member in tar:
@@ -217,7 +275,9 @@ class PartReader:
             kind = self._member_kind(name)
             if kind == "text" and not self.reading.line_by_line and name.endswith(".txt"):
                 self._begin_file()
-                yield _without_mark(tar.read())
+                raw = tar.read()
+                where = f"{tar.where}, byte {member.header:,}: {name}"
+                yield from self._guarded(self._read_text(raw, where))
             elif kind is not None:
                 where = f"{tar.where}, byte {member.header:,}: {name}"
                 yield from self._guarded(self._read_stream(kind, tar.open(), name, where, depth))
@@ -254,28 +314,36 @@ class PartReader:
     def _read_rows(self, lines: Iterator[bytes], where: str, start: int = 0) -> RawTexts:
         """The texts of lines of JSON; the first line begins at byte `start` of the file."""
         number, position = 0, start
-        for raw in lines:
+        for raw in _split_at_returns(lines):
             number += 1
             at = f"{where}, byte {position:,}" if start else f"{where}, line {number}"
             position += len(raw)
-            raw, encoding = _without_mark(raw), BYTES
+            raw, encoding = raw.removeprefix(codecs.BOM_UTF8), BYTES
             if len(raw) > LONG_BYTES:
                 # In a string with an emoji each character takes four bytes; as latin-1, one.
                 raw, encoding = _unescaped(raw), ("latin-1",)
-            key = self.reading.text_key.encode(*BYTES).decode(*encoding)
+            key = (self.reading.text_key or "").encode(*BYTES).decode(*encoding)
             line, raw = raw.decode(*encoding), b""
             try:
                 row = json.loads(line) if not line.isspace() else {key: None}
                 if not isinstance(row, dict):
                     raise ValueError(f"got a {type(row).__name__}")
+                if self.reading.text_key is not None:
+                    _field(row, key, at)
             except (ValueError, RecursionError) as error:
                 broken = Broken(f"{at}: expected a JSON object, {error}")
                 self.counts.add_broken(broken, self.reading)
                 continue
-            _field(row, key, at)
+            except Broken as error:  # of this row alone
+                self.counts.add_broken(error, self.reading)
+                continue
+            if self.reading.text_key is None and not line.isspace():
+                yield line.encode(*encoding)
+                continue
             line = ""  # of gigabytes, perhaps
             text = row.pop(key)
             yield text if encoding is BYTES or text is None else text.encode(*encoding)
+        self.counts.empty += not start and not number  # a table without a row
 
     def _read_table(
         self, source: str | BinaryIO, where: str, start: int = 0, stop: int | None = None
@@ -297,8 +365,8 @@ class PartReader:
                     # As bytes: parquet does not check that its strings are UTF-8.
                     yield from column.cast(pa.large_binary()).to_pylist()
         except pa.ArrowNotImplementedError:
-            raise UserError(f"{where}: column {key!r} holds {column_type}, not text") from None
-        except (pa.ArrowException, OSError) as error:
+            raise Broken(f"{where}: column {key!r} holds {column_type}, not text") from None
+        except (pa.ArrowException, OSError, KeyError, IndexError, ValueError) as error:
             raise Broken(f"{where}: not a parquet file that can be read ({error})") from None
 
 
@@ -359,8 +427,19 @@ def _changed(path: str, what: str) -> ChangedInput:
     )
 
 
-def _without_mark(raw: bytes) -> bytes:
-    return raw.removeprefix(codecs.BOM_UTF8)
+def _plain(raw: bytes) -> bytes:
+    """A text file's bytes without a byte-order mark, with the line ends of Unix."""
+    return unix_line_ends(raw.removeprefix(codecs.BOM_UTF8))
+
+
+def _split_at_returns(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines of JSON that end with \\n, also cut at every \\r: in a string it is escaped."""
+    for line in lines:
+        has_returns = line.find(b"\r", 0, -2) >= 0
+        pieces = line.splitlines(keepends=True)[::-1] if has_returns else [line]
+        del line
+        while pieces:
+            yield pieces.pop()  # the last reference to a line of gigabytes, perhaps
 
 
 def _lines_between(file: BinaryIO, start: int, stop: int | None) -> Iterator[bytes]:
@@ -399,10 +478,12 @@ def _field(row: dict[str, object], text_key: str, where: str) -> str | None:
     _check_column(row, text_key, where)
     text = row[text_key]
     if text is not None and not isinstance(text, str):
-        raise UserError(f"{where}: expected text in {text_key!r}, got a {type(text).__name__}")
+        raise Broken(f"{where}: expected text in {text_key!r}, got a {type(text).__name__}")
     return text
 
 
 def _check_column(names: Collection[str], text_key: str, where: str) -> None:
-    if text_key not in names:
-        raise UserError(f"{where}: no {text_key!r} (the text's key) among {', '.join(names)}")
+    n = sum(name == text_key for name in names)
+    if n != 1:
+        what = f"no {text_key!r}" if not n else f"{n} columns {text_key!r}"
+        raise Broken(f"{where}: {what} (--text_key names another) among {', '.join(names)}")

@@ -44,6 +44,11 @@ def count_words(raw: bytes) -> int:
     return n_words
 
 
+def unix_line_ends(raw: bytes) -> bytes:
+    """Text with \\n in the place of \\r\\n (Windows) and \\r (old Macs)."""
+    return raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in raw else raw
+
+
 def count_line_ends(raw: bytes) -> int:
     """raw.count(b"\\n"), faster where there are many."""
     if len(raw) < 1 << 14:

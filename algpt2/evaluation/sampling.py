@@ -27,12 +27,12 @@ def extend_texts(
         extend: (rows, n) -> at most n new ids for each row. This function drops new ids after a
             control code.
         context: positions of the model; None: no limit.
-        start_id: control code before the prompt; None: end-of-text.
+        start_id: control code before the prompt; None: bos, else end-of-text.
     Raises:
         UserError: the sliding window is not smaller than the context.
     """
     ends, end = {*tokenizer.special_ids}, options.max_length + 1
-    start_id = tokenizer.eot_id if start_id is None else start_id
+    start_id = tokenizer.start_id if start_id is None else start_id
     prompt = [start_id, *tokenizer.encode_batch([options.prompt])[0].tolist()]
     texts = [list(prompt) for _ in range(options.n_samples)]
     context = context or end

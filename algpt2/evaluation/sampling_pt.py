@@ -1,10 +1,12 @@
 """Text of any length from a causal language model in PyTorch: batched, seeded, streamed."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -28,11 +30,11 @@ def sample_texts(
     The function restores the random number generators and the mode of the model.
 
     Args:
-        code: control code before the prompt; None: end-of-text.
+        code: control code before the prompt; None: bos, else end-of-text.
         write: called with each new piece of the text, if `n_samples` is 1.
         check: called before each token; it may raise.
     """
-    start_id = tokenizer.eot_id if code is None else tokenizer.token_to_id(code)
+    start_id = None if code is None else tokenizer.token_to_id(code)
     stream = GenerateStream(tokenizer, write) if write and options.n_samples == 1 else None
     was_training = model.training
     model.eval()
@@ -58,24 +60,40 @@ def sample_tokens(
 
     def extend(rows: Rows, n_new: int) -> Rows:
         window = torch.tensor(rows, device=model.device)
-        flags = _flags(window, tokenizer, options)
-        flags |= {"streamer": stream, "stopping_criteria": [Check(check)]}
-        texts = model.generate(window, max_new_tokens=n_new, **flags)
+        texts = model.generate(
+            window, attention_mask=torch.ones_like(window), streamer=stream,
+            stopping_criteria=[Check(check)],
+            generation_config=_flags(window, tokenizer, options, n_new),
+        )  # fmt: skip
         return texts[:, window.shape[1] :].tolist()
 
     if stream:
         stream.add(tokenizer.encode_batch([options.prompt])[0].tolist())
     context = getattr(model.config, "max_position_embeddings", None)
-    texts = extend_texts(extend, tokenizer, options, context, start_id)
+    with no_defaults(model):
+        texts = extend_texts(extend, tokenizer, options, context, start_id)
     if stream:
         stream.finish()
     return texts
 
 
-def _flags(window: Tensor, tokenizer: TextTokenizer, options: SampleOptions) -> dict[str, Any]:
-    """Arguments of `generate`; `extend_texts` drops the padding after ended texts."""
+@contextlib.contextmanager
+def no_defaults(model: torch.nn.Module) -> Iterator[None]:
+    """Without the checkpoint's generation_config.json, which fills in whatever no flag says: beams,
+    words that stop a text, a limit of time."""
+    before, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _flags(
+    window: Tensor, tokenizer: TextTokenizer, options: SampleOptions, n_new: int
+) -> GenerationConfig:
+    """How `generate` goes on; `extend_texts` drops the padding after ended texts."""
     flags = {
-        "attention_mask": torch.ones_like(window),
+        "max_new_tokens": n_new,
         "do_sample": options.do_sample,
         "eos_token_id": tokenizer.special_ids,
         "pad_token_id": int(window[0, -1] == 0),  # any id that does not look like padding
@@ -87,7 +105,7 @@ def _flags(window: Tensor, tokenizer: TextTokenizer, options: SampleOptions) -> 
             "top_k": options.top_k,
             "top_p": options.top_p,
         }
-    return flags
+    return GenerationConfig(**flags)
 
 
 class Check(StoppingCriteria):

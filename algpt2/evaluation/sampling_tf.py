@@ -24,7 +24,7 @@ def sample_texts(
     """`n_samples` texts that start with the prompt and end at end-of-text or `max_length`.
 
     Args:
-        code: control code before the prompt; None: end-of-text.
+        code: control code before the prompt; None: bos, else end-of-text.
         write: called with each new piece of the text, if `n_samples` is 1.
         check: called before each token; it may raise.
     """

@@ -129,8 +129,8 @@ def text_nats(
     """Negative log-likelihood of all texts in nats, and the number of tokens that were scored.
 
     Args:
-        texts: token ids (n,) each. The first token is context only: put end-of-text there to have
-            every token of the text scored.
+        texts: token ids (n,) each. The first token is context only: put bos or end-of-text there
+            to have every token of the text scored.
     """
     n_tokens = 0
     sums = []
@@ -183,15 +183,16 @@ class LambadaScore:
 
 def score_lambada(
     model: Model, passages: Iterable[tuple[str, str]],
-    encode: Callable[[Sequence[str]], list[np.ndarray]], end_of_text: int,
+    encode: Callable[[Sequence[str]], list[np.ndarray]], start_id: int,
     tick: Tick = lambda n, n_all: None,
 ) -> LambadaScore:  # fmt: skip
     """Predict the last word of each passage.
 
     Args:
         passages: (passage without its last word, last word); a space joins them.
-        encode: texts to token ids. As in lm-evaluation-harness, no end-of-text stands before a
-            passage; only a passage of a single word gets one, having no other context.
+        encode: texts to token ids.
+        start_id: bos, else end-of-text. As in lm-evaluation-harness, it stands before a passage of
+            a single word, which has no other context, and before no other.
     """
 
     def windows() -> Iterator[Window]:
@@ -200,7 +201,7 @@ def score_lambada(
             wholes = encode([f"{context} {word}" for context, word in chunk])
             for context, whole in zip(contexts, wholes, strict=True):
                 n_scored = len(whole) - len(context)
-                tokens = whole if len(context) else np.array([end_of_text, *whole])
+                tokens = whole if len(context) else np.array([start_id, *whole])
                 yield Window(tokens[-(model.context + 1) :], n_scored)
 
     scores = [
@@ -231,13 +232,14 @@ class MinimalPair:
 
 def score_blimp(
     model: Model, pairs: Iterable[MinimalPair],
-    encode: Callable[[Sequence[str]], list[np.ndarray]], end_of_text: int,
+    encode: Callable[[Sequence[str]], list[np.ndarray]], start_id: int,
     tick: Tick = lambda n, n_all: None,
 ) -> dict[str, tuple[float, int]]:  # fmt: skip
     """Group -> (share of its pairs whose good sentence is the likelier, number of pairs).
 
     Whole sentences are compared (the "simple LM method" of arXiv:1912.00582). As in
-    lm-evaluation-harness, end-of-text and a space stand before each sentence. A tie is a miss.
+    lm-evaluation-harness, `start_id` (bos, else end-of-text) and a space stand before each
+    sentence. A tie is a miss.
     """
     pairs = list(pairs)
     sentences = [f" {sentence}" for pair in pairs for sentence in (pair.good, pair.bad)]
@@ -245,7 +247,7 @@ def score_blimp(
     def windows() -> Iterator[Window]:
         for chunk in _chunks(sentences):
             for ids in encode(chunk):
-                tokens = np.array([end_of_text, *ids])[-(model.context + 1) :]
+                tokens = np.array([start_id, *ids])[-(model.context + 1) :]
                 yield Window(tokens, len(tokens) - 1)
 
     sums = [log_probs.sum() for log_probs, _ in score_windows(model, windows(), tick)]

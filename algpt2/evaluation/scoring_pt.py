@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..kernels_algpt2 import LOSS_ROWS, LOSS_ROWS_CPU
+from ..kernels_algpt2 import loss_rows
 from ..modeling_algpt2 import ALGPT2LMHeadModel
 from ..system.processes_pt import Processes
 from .scoring import Model
@@ -57,7 +57,7 @@ def score_rows(model: nn.Module, rows: np.ndarray, processes: Processes) -> Tens
 
 def _logits(model: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
     """Logits (rows, V) of all positions, a few rows at a time where the model allows it."""
-    rows = LOSS_ROWS_CPU if inputs.device.type == "cpu" else LOSS_ROWS
+    rows = loss_rows(inputs.device.type)
     if not isinstance(model, ALGPT2LMHeadModel):
         yield from model(inputs, use_cache=False).logits.flatten(0, 1).split(rows)
         return

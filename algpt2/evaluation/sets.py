@@ -1,6 +1,6 @@
 """Evaluation sets as files, and what a model scores on each of them.
 
-text      .txt .raw .tokens .jsonl .parquet (.gz, .zst): documents, each scored by itself
+text      .txt .raw .tokens .jsonl .parquet, or compressed: documents, each scored by itself
 shards    a folder of make_tfrecords.py: one stream, in which end-of-text is scored too
 lambada   .jsonl of LAMBADA (OpenAI's text, or context and continuation), or its plain text
 blimp     a folder of BLiMP's .jsonl files, or one file of it
@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from ..corpus.documents import documents
-from ..corpus.parts import CorpusCounts, Reading
+from ..corpus.documents import documents, log_counts
+from ..corpus.parts import SKIP_HINT, BrokenInput, CorpusCounts, Reading, split_suffix
 from ..errors import UserError
 from ..options import TrainOptions
-from ..runs.start import Start, check_detokenizer, open_or_pack
+from ..runs.start import Start, check_text_options, open_or_pack
 from ..shards.detokenizers import DETOKENIZERS
 from ..shards.tfrecords import MANIFEST_FILE, Manifest, PackedRows, open_rows, read_manifest
 from ..system.console import Progress, log
@@ -40,7 +40,7 @@ from .scoring import (
     text_totals,
 )
 
-TEXT_FILE = re.compile(r"\.(txt|raw|tokens|jsonl|parquet)(\.gz|\.zst)?$")
+TEXT_SUFFIXES = (".txt", ".raw", ".tokens", ".jsonl", ".parquet")
 TRAINING_FILE = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")
 EXAMPLES = ("lambada", "blimp")  # kinds that --n_eval_examples shortens
 
@@ -71,10 +71,20 @@ def choose_sets(options: TrainOptions, start: Start) -> list[EvalSet]:
         for eval_set in sets:
             if eval_set.kind == "shards":
                 (folder,) = eval_set.paths
-                check_detokenizer(folder, read_manifest(folder), data.detokenizer)
+                check_text_options(folder, read_manifest(folder), data)
         return sets
     rows = open_or_pack(data.val_path, data, start.tokenizer, start.seq_len)
     return [EvalSet("shards", public_names(data.val_path), (rows.folder,))]
+
+
+def choose_code(options: TrainOptions) -> str | None:
+    """The control code before each text of `--eval_sets`; None: bos, else end-of-text."""
+    codes = options.data.control_codes or ()
+    if not options.eval.eval_sets or not codes:
+        return None  # packed rows have theirs
+    if len(codes) > 1:
+        raise UserError(f"--control_codes {' '.join(codes)} with --eval_sets: expected one code")
+    return codes[0]
 
 
 def find_sets(sources: Sequence[str]) -> list[EvalSet]:
@@ -108,7 +118,7 @@ def _folder_sets(folder: Path) -> Iterator[EvalSet]:
         yield EvalSet("shards", folder.resolve().name, (folder,))
         return
     visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    files = [path for path in visible if path.is_file() and TEXT_FILE.search(path.name)]
+    files = [path for path in visible if path.is_file() and _suffix(path) in TEXT_SUFFIXES]
     training = [path for path in files if TRAINING_FILE.search(path.name.lower())]
     if training:
         log(f"{folder}: training split left out ({', '.join(path.name for path in training)})")
@@ -125,12 +135,16 @@ def _folder_sets(folder: Path) -> Iterator[EvalSet]:
 
 def _kind(path: Path) -> str:
     is_lambada = "lambada" in path.name.lower()
-    if path.suffix != ".jsonl":
-        return "lambada" if is_lambada and path.suffix == ".txt" else "text"
-    first = next(_read_json_lines(path), {})
+    if _suffix(path) != ".jsonl":
+        return "lambada" if is_lambada and _suffix(path) == ".txt" else "text"
+    first = next(_read_rows(path))
     if "sentence_good" in first:
         return "blimp"
     return "lambada" if is_lambada or "continuation" in first else "text"
+
+
+def _suffix(path: Path) -> str:
+    return split_suffix(path.name)[0]
 
 
 def _name(path: Path) -> str:
@@ -157,7 +171,7 @@ def choose_detokenizer(eval_set: EvalSet, name: str | None) -> str | None:
     for pattern, detokenizer in ((r"^wiki\.|wikitext", "wikitext"), (r"^ptb\.", "ptb")):
         if re.search(pattern, path.name.lower()):
             return detokenizer
-    return "lambada" if eval_set.kind == "lambada" and path.suffix == ".txt" else None
+    return "lambada" if eval_set.kind == "lambada" and _suffix(path) == ".txt" else None
 
 
 def read_passages(path: Path) -> Iterator[tuple[str, str]]:
@@ -166,11 +180,10 @@ def read_passages(path: Path) -> Iterator[tuple[str, str]]:
     Raises:
         UserError: a line has neither `text` nor `context` and `continuation`, or a single word.
     """
-    if path.suffix == ".jsonl":
-        rows: Iterable[dict] = _read_json_lines(path)
+    if _suffix(path) == ".jsonl":
+        rows: Iterable[dict] = _read_rows(path)
     else:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        rows = ({"text": line} for line in lines if line.strip())
+        rows = ({"text": line} for line in read_texts(path, Reading(line_by_line=True)))
     for number, row in enumerate(rows, start=1):
         text = row.get("text", f"{row.get('context', '')} {row.get('continuation', '')}")
         context, _, word = str(text).strip().rpartition(" ")
@@ -186,10 +199,10 @@ def read_pairs(path: Path) -> Iterator[MinimalPair]:
         UserError: a field is missing.
     """
     names = ("UID", "linguistics_term", "field")
-    for number, row in enumerate(_read_json_lines(path), start=1):
+    for number, row in enumerate(_read_rows(path), start=1):
         missing = [n for n in ("sentence_good", "sentence_bad", *names) if n not in row]
         if missing:
-            raise UserError(f"{path}, line {number}: no {', '.join(missing)}: not BLiMP's")
+            raise UserError(f"{path}, row {number}: no {', '.join(missing)}: not BLiMP's")
         levels = ("paradigm", "phenomenon", "field")
         # One paradigm spells its field syntax/semantics, the others syntax_semantics.
         values = [str(row[name]).replace("/", "_") for name in names]
@@ -197,16 +210,23 @@ def read_pairs(path: Path) -> Iterator[MinimalPair]:
         yield MinimalPair(row["sentence_good"], row["sentence_bad"], ("all", *groups))
 
 
-def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: expected a JSON object")
-            yield row
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    return map(json.loads, read_texts(path, Reading(text_key=None)))
+
+
+def read_texts(path: Path, reading: Reading, counts: CorpusCounts | None = None) -> Iterator[str]:
+    """The documents of a file as the packer reads them; says what it changed or left out.
+
+    Raises:
+        UserError: damage, or a file without any document.
+    """
+    counts = CorpusCounts() if counts is None else counts
+    try:
+        yield from documents(str(path), reading, counts=counts)
+    except BrokenInput as error:
+        raise UserError(str(error).removesuffix(SKIP_HINT)) from None
+    if counts.empty or counts.undecodable or counts.end_marks:
+        log_counts(counts, reading.end_of_text or "", f": {path}")
 
 
 def decode_documents(rows: PackedRows, tokenizer: TextTokenizer) -> Iterator[str]:
@@ -248,9 +268,12 @@ class Evaluator:
             precision: name of the number format of matrix products.
             checkpoint: name of the checkpoint.
         Raises:
-            UserError: --stride is larger than the context.
+            UserError: --stride is larger than the context; several --control_codes.
         """
         self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.code = choose_code(options)
+        # What stands before each text: bos where there is one, as in lm-evaluation-harness.
+        self.start_id = tokenizer.token_to_id(self.code) if self.code else tokenizer.start_id
         self.stride = options.eval.stride or model.context
         if self.stride > model.context:
             raise UserError(f"--stride {self.stride}: expected 1 to {model.context}, the context")
@@ -276,21 +299,25 @@ class Evaluator:
         n_examples = self.options.eval.n_eval_examples if eval_set.kind in EXAMPLES else None
         return Evaluation(
             set=eval_set.name, sha256=fingerprint(eval_set), n_eval_examples=n_examples,
-            measures=tuple(measures), details=details, text=_text_seen(detokenizer), **self.means,
+            measures=tuple(measures), details=details,
+            text=_text_seen(detokenizer, self.code), **self.means,
         )  # fmt: skip
 
     def _score_text(self, eval_set: EvalSet, change: Callable[[str], str], tick: Tick) -> Score:
-        path, counts = str(eval_set.paths[0]), CorpusCounts()
-        reading = Reading(self.options.data.text_key)
+        path, counts, data = eval_set.paths[0], CorpusCounts(), self.options.data
+        reading = Reading(
+            data.text_key, data.line_by_line, document_mark=data.document_mark,
+            end_of_text=self.tokenizer.end_of_text,
+        )  # fmt: skip
 
         def streams() -> Iterator[np.ndarray]:
-            for text in documents(path, reading, counts=counts):
+            for text in read_texts(path, reading, counts):
                 (ids,) = self.tokenizer.encode_batch([change(text)])
-                yield np.array([self.tokenizer.eot_id, *ids], self.tokenizer.dtype)
+                yield np.array([self.start_id, *ids], self.tokenizer.dtype)
 
         nats, n_tokens = text_nats(self.model, streams(), self.stride, tick)
         totals = TextTotals(n_tokens, counts.words + counts.line_ends, counts.text_bytes)
-        texts = map(change, documents(path, reading))
+        texts = map(change, read_texts(path, reading))
         return self._with_compressors(nats, n_tokens, totals, texts)
 
     def _score_shards(self, eval_set: EvalSet, change: Callable[[str], str], tick: Tick) -> Score:
@@ -319,8 +346,8 @@ class Evaluator:
             change(f"{context} {word}").rpartition(" ")[::2]
             for context, word in self._first(read_passages(eval_set.paths[0]))
         )
-        encode, end_of_text = self.tokenizer.encode_batch, self.tokenizer.eot_id
-        score = score_lambada(self.model, passages, encode, end_of_text, tick)
+        encode = self.tokenizer.encode_batch
+        score = score_lambada(self.model, passages, encode, self.start_id, tick)
         over = f"{score.passages:,} passages"
         return [
             Measure("accuracy, last word", 100 * score.word_accuracy, "%", over),
@@ -332,8 +359,8 @@ class Evaluator:
     def _score_blimp(self, eval_set: EvalSet, change: Callable[[str], str], tick: Tick) -> Score:
         files = (self._first(read_pairs(path)) for path in eval_set.paths)
         pairs = itertools.chain.from_iterable(files)
-        encode, end_of_text = self.tokenizer.encode_batch, self.tokenizer.eot_id
-        groups = score_blimp(self.model, pairs, encode, end_of_text, tick)
+        encode = self.tokenizer.encode_batch
+        groups = score_blimp(self.model, pairs, encode, self.start_id, tick)
         paradigms = [accuracy for name, (accuracy, _) in groups.items() if _is_paradigm(name)]
         mean = Measure(
             "accuracy", 100 * float(np.mean(paradigms)), "%", f"mean of {len(paradigms)} paradigms"
@@ -374,8 +401,9 @@ def evaluation_of_rows(
     )  # fmt: skip
 
 
-def _text_seen(detokenizer: str | None) -> str:
-    return f"{detokenizer} detokenizer" if detokenizer else "as in the file"
+def _text_seen(detokenizer: str | None, code: str | None = None) -> str:
+    seen = f"{detokenizer} detokenizer" if detokenizer else "as in the file"
+    return f"{seen}, behind {code}" if code else seen
 
 
 def _means(checkpoint: str, context: int, stride: int, precision: str) -> dict[str, Any]:

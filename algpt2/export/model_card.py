@@ -25,6 +25,7 @@ from ..runs.checkpoints import (
     STATE_FILE,
     checkpoint_folders,
     checkpoint_name,
+    step_of,
 )
 from ..runs.report import read_json_lines, send_table
 from ..runs.tracker import run_name
@@ -33,11 +34,6 @@ from ..system.files import is_plain_file, read_record, write_json, write_text
 
 CARD_HEAD = "<!-- written from run.json; --eval_only and the next checkpoint write it again -->"
 MODEL_FILES = ("configuration_algpt2.py", "kernels_algpt2.py", "modeling_algpt2.py")
-AUTO_MAP = {
-    "AutoConfig": "configuration_algpt2.ALGPT2Config",
-    "AutoModel": "modeling_algpt2.ALGPT2Model",
-    "AutoModelForCausalLM": "modeling_algpt2.ALGPT2LMHeadModel",
-}
 # Files of the run, not of the model.
 NOT_UPLOADED = ("optimizer*", STATE_FILE, ".*")
 MEASURE_COLUMNS = ["text", "measure", "value", "unit"]
@@ -67,6 +63,8 @@ def try_card(folder: Path, save_dir: Path, step: int) -> None:
 
 def add_model_code(folder: Path) -> None:
     """Put the model's code beside the weights of an ALGPT2, and `auto_map` into config.json."""
+    from ..configuration_algpt2 import AUTO_MAP  # which imports torch where it is installed
+
     path = folder / "config.json"
     config = _read_object(path)
     if config.get("model_type") != "algpt2":
@@ -130,7 +128,7 @@ def publish_evaluation(folder: Path | None, report: ReportOptions) -> None:
         return
     save_dir = folder.parent
     if folder in checkpoint_folders(save_dir) and (save_dir / RUN_FILE).is_file():
-        step = int(folder.name.rpartition("-")[2])
+        step = step_of(folder.name)
         write_card(folder, save_dir, step)
         rows = [
             [folder.name, text, measure, float(value), unit]

@@ -186,10 +186,7 @@ def find_checkpoint(path: Path, warn: Callable[[str], None] = print) -> Path:
         UserError: a run whose checkpoints are all broken, or a broken checkpoint.
     """
     if checkpoint_folders(path):
-        newest = newest_checkpoint(path, warn)
-        if newest is None:
-            raise UserError(f"no complete checkpoint in {path}")
-        return newest.folder
+        return newest_checkpoint(path, warn).folder
     if is_checkpoint_name(path.name) or (path / STATE_FILE).exists():
         return read_checkpoint(path).folder
     return path
@@ -198,6 +195,11 @@ def find_checkpoint(path: Path, warn: Callable[[str], None] = print) -> Path:
 def checkpoint_name(step: int) -> str:
     """The name of the folder of a step."""
     return f"checkpoint-{step:08d}"
+
+
+def step_of(name: str) -> int:
+    """The step of a checkpoint's name."""
+    return int(name.removeprefix("checkpoint-"))
 
 
 def is_checkpoint_name(name: str) -> bool:
@@ -210,7 +212,7 @@ def checkpoint_folders(save_dir: Path) -> list[Path]:
     if not save_dir.is_dir():
         return []
     found = [path for path in save_dir.iterdir() if is_checkpoint_name(path.name) and path.is_dir()]
-    return sorted(found, key=_step_of)
+    return sorted(found, key=lambda path: step_of(path.name))
 
 
 def prune_checkpoints(
@@ -222,23 +224,15 @@ def prune_checkpoints(
         step: of the checkpoint just written. What claims to be newer is not of this run, and what
             has no marker is no checkpoint: neither is removed, or counted among the kept.
     """
-    own = [
-        folder for folder in checkpoint_folders(save_dir)
-        if _step_of(folder) <= step and is_plain_file(folder / STATE_FILE)
-    ]  # fmt: skip
-    outdated = outdated_steps([_step_of(folder) for folder in own], keep_last, milestone_steps)
-    for folder in own:
-        if _step_of(folder) in outdated:
-            shutil.rmtree(folder)
+    folders = {step_of(folder.name): folder for folder in checkpoint_folders(save_dir)}
+    own = [n for n, folder in folders.items() if n <= step and is_plain_file(folder / STATE_FILE)]
+    for outdated in outdated_steps(own, keep_last, milestone_steps):
+        shutil.rmtree(folders[outdated])
 
 
 def outdated_steps(steps: Sequence[int], keep_last: int, milestone_steps: int | None) -> list[int]:
     """Of the steps of checkpoints, in order, those that are not kept."""
     return [step for step in steps[:-keep_last] if not milestone_steps or step % milestone_steps]
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def _expected(files: dict[str, dict[str, Any]]) -> dict[str, tuple[int, str]]:

@@ -12,6 +12,7 @@ copies; on other machines each process fetches the checkpoint to continue from.
 import contextlib
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from .checkpoints import (
     newest_checkpoint,
     outdated_steps,
     read_checkpoint,
+    step_of,
 )
 
 FILES = (RUN_FILE, *LINE_FILES)  # of a run, beside its checkpoints
@@ -105,12 +107,8 @@ def sync_from_url(report: ReportOptions, folder: Path, overwrite: bool) -> None:
     """
     home = as_path(report.save_dir)
     files = home.files()
-    others = [name for name in files if not name.startswith(".")]
-    if RUN_FILE not in files and others:
-        raise UserError(
-            f"save_dir {home} holds other files ({', '.join(others[:3])}) and no {RUN_FILE}: "
-            "expected an empty folder or a run; choose another --save_dir"
-        )
+    if RUN_FILE not in files:
+        refuse_others(home, files)
     (home / LOCK_FILE).put(folder / LOCK_FILE)  # said now, not at the first checkpoint
     if overwrite:
         _remove(home, [name for name in files if _is_of_run(name)])
@@ -140,6 +138,15 @@ def sync_from_url(report: ReportOptions, folder: Path, overwrite: bool) -> None:
         )
 
 
+def refuse_others(save_dir: Path | RemotePath, names: Iterable[str]) -> None:
+    """`UserError` if a folder without run.json holds files that are not hidden."""
+    if others := sorted(name for name in names if not name.startswith(".")):
+        raise UserError(
+            f"save_dir {save_dir} holds other files ({', '.join(others[:3])}) and no {RUN_FILE}: "
+            "expected an empty folder or a run; choose another --save_dir"
+        )
+
+
 def _fetch_newest(home: RemotePath, folder: Path, steps: list[int]) -> Path | None:
     """The newest whole checkpoint of `steps`, here; each newer, broken one is named."""
     for step in reversed(steps):
@@ -164,7 +171,7 @@ def _copy(folder: Path, home: RemotePath, report: ReportOptions, step: int) -> N
         raise OSError(f"{home} has been taken by another run: nothing is copied there")
     lacking = [
         path for path in checkpoint_folders(folder)
-        if _step(path.name) <= step and is_plain_file(path / STATE_FILE)
+        if step_of(path.name) <= step and is_plain_file(path / STATE_FILE)
         and not _is_copy(path, home / path.name)
     ]  # fmt: skip
     # First, as it makes the folder known as a run's; and a checkpoint that counts has its lines.
@@ -187,8 +194,8 @@ def _prune(home: RemotePath, report: ReportOptions, step: int) -> None:
     outdated = outdated_steps(complete, report.keep_last, report.milestone_steps)
     folders = {name.partition("/")[0] for name in files}
     for name in filter(is_checkpoint_name, folders if complete else ()):
-        is_rest = _step(name) < complete[-1] and _step(name) not in complete
-        if is_rest or _step(name) in outdated:
+        is_rest = step_of(name) < complete[-1] and step_of(name) not in complete
+        if is_rest or step_of(name) in outdated:
             _remove(home, [file for file in files if file.startswith(f"{name}/")])
 
 
@@ -266,13 +273,9 @@ def _complete_steps(files: dict[str, int]) -> list[int]:
     """Steps of the checkpoints that have a marker, in order."""
     folders = [name.partition("/") for name in files]
     return sorted(
-        _step(name) for name, _, file in folders
+        step_of(name) for name, _, file in folders
         if is_checkpoint_name(name) and file == STATE_FILE
     )  # fmt: skip
-
-
-def _step(name: str) -> int:
-    return int(name.rpartition("-")[2])
 
 
 def _is_of_run(name: str) -> bool:

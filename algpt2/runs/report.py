@@ -49,7 +49,7 @@ class RunReport:
             return
         append_json(self.metrics_path, line)
         values = {k: v for k, v in line.items() if k != "step" and v is not None}
-        self._send(lambda: values, line["step"])
+        self._send(lambda wandb: values, line["step"])
         if "val_loss" in line:
             log(
                 f"step {line['step']}: val_loss {line['val_loss']:.4f}, ppl {line['val_ppl']:.2f}, "
@@ -63,8 +63,8 @@ class RunReport:
         for text in texts:
             append_json(self.samples_path, {"step": step, "prompt": prompt, "text": text})
         log(f"sample at step {step}: {texts[0]!r}")
-        rows = [[step, prompt, text] for text in texts]
-        self._send(lambda: {"samples": _wandb_table(["step", "prompt", "text"], rows)}, step)
+        columns, rows = ["step", "prompt", "text"], [[step, prompt, text] for text in texts]
+        self._send(lambda wandb: {"samples": wandb.Table(columns=columns, data=rows)}, step)
 
     def histograms(self, step: int, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
         """Histograms of named arrays; W&B draws them, no other place does."""
@@ -72,7 +72,9 @@ class RunReport:
             return
         # Counted here and now: the arrays may be the weights themselves. Histograms have no NaN.
         counts = {k: np.histogram(v[np.isfinite(v)], bins=64) for k, v in arrays}
-        self._send(lambda: {k: _wandb_histogram(count) for k, count in counts.items()}, step)
+        self._send(
+            lambda wandb: {k: wandb.Histogram(np_histogram=v) for k, v in counts.items()}, step
+        )
 
     def artifact(self, folder: Path) -> None:
         """A checkpoint folder as a W&B artifact of type "model", if `--wandb_artifacts`."""
@@ -82,22 +84,18 @@ class RunReport:
             log("warning: --wandb_artifacts has no effect without W&B; offline needs no login")
             return
 
-        def upload(run: Any) -> None:
-            import wandb
-
+        def upload(run: Any, wandb: Any) -> None:
             name = re.sub(r"[^\w.-]", "-", run_name(folder.parent, self.run))
             artifact = wandb.Artifact(name, type="model", description=folder.name)
             artifact.add_dir(str(folder))
             run.log_artifact(artifact)
 
-        failure = f"warning: W&B did not take the artifact ({{}}); {_braced(folder)} has it"
-        self.tracker.send(upload, failure)
+        self.tracker.send(upload, f"{folder} has it", "W&B did not take the artifact")
 
-    def _send(self, values: Callable[[], dict[str, Any]], step: int) -> None:
-        """What `values()` gives, in W&B's thread, to W&B."""
+    def _send(self, values: Callable[[Any], dict[str, Any]], step: int) -> None:
+        """What `values(wandb)` gives, in W&B's thread, to W&B."""
         if self.tracker is not None:
-            failure = "warning: W&B failed ({}); metrics.jsonl has everything"
-            self.tracker.send(lambda run: run.log(values(), step=step), failure)
+            self.tracker.send(lambda run, wandb: run.log(values(wandb), step=step))
 
     def __enter__(self) -> "RunReport":
         return self
@@ -120,30 +118,13 @@ def send_table(
     tracker = _start_tracker(save_dir, run, report)
     if tracker is None:
         return
-    failure = f"warning: W&B failed ({{}}); {_braced(save_dir)} has the table"
 
-    def send(wandb_run: Any) -> None:  # W&B drops what is of a step before its last
-        values = {name: _wandb_table(columns, rows)}
+    def send(wandb_run: Any, wandb: Any) -> None:  # W&B drops what is of a step before its last
+        values = {name: wandb.Table(columns=columns, data=rows)}
         wandb_run.log(values, step=max(step, wandb_run.step))
 
-    tracker.send(send, failure)
+    tracker.send(send, f"{save_dir} has the table")
     tracker.finish(FINISH_S)
-
-
-def _wandb_table(columns: list[str], rows: list[list[Any]]) -> Any:
-    import wandb
-
-    return wandb.Table(columns=columns, data=rows)
-
-
-def _wandb_histogram(count: tuple[np.ndarray, np.ndarray]) -> Any:
-    import wandb
-
-    return wandb.Histogram(np_histogram=count)
-
-
-def _braced(path: Path) -> str:
-    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -214,7 +195,7 @@ def _keep_lines_until(path: Path, last: int, step: int) -> None:
 
 
 def _start_tracker(save_dir: Path, run: dict[str, Any], report: Any) -> Tracker | None:
-    mode = choose_mode(report.wandb, log)
+    mode = choose_mode(report.wandb)
     if mode == "off":
         return None
-    return Tracker(lambda: start_wandb(save_dir, run, mode, report.tags, log), log)
+    return Tracker(lambda: start_wandb(save_dir, run, mode, report.tags))

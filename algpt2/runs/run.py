@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import UserError
 from ..options import ModelOptions, OptimOptions, TrainOptions, changed_options
-from ..shards.tfrecords import Manifest
+from ..shards.tfrecords import PackedRows
 from ..system.console import is_main_process, log
 from ..system.files import locked, read_record, remove
 from ..system.remote import is_remote, local_folder
@@ -30,7 +30,7 @@ from .checkpoints import (
     is_checkpoint_name,
     newest_checkpoint,
 )
-from .mirror import checkpoint_here, copy_or_warn, sync_from_url
+from .mirror import checkpoint_here, copy_or_warn, refuse_others, sync_from_url
 from .report import RunReport
 
 LR_FROM_SCRATCH, LR_FINETUNE = 1e-3, 5e-5
@@ -38,15 +38,6 @@ NOT_OF_THE_RUN = {  # options that may change between two starts of the same run
     "report", "sample", "eval", "eval_only", "compressors", "sample_only", "device", "compile",
     "n_devices", "steps_per_call", "overwrite", "debug", "skip_outliers",
 }  # fmt: skip
-
-
-class Rows(Protocol):
-    """Packed rows, wherever they lie."""
-
-    manifest: Manifest
-
-    def probe(self) -> str:
-        """A hash of each shard's first and last record as they are on disk now."""
 
 
 @dataclass
@@ -61,8 +52,9 @@ class Run:
     @staticmethod
     @contextlib.contextmanager
     def open(
-        options: TrainOptions, train: Rows, val: Rows, processes: Any, n_rows: int | None = None
-    ) -> Iterator["Run"]:
+        options: TrainOptions, train: PackedRows, val: PackedRows, processes: Any,
+        n_rows: int | None = None,
+    ) -> Iterator["Run"]:  # fmt: skip
         """Hold the folder of `--save_dir`; continue the run in it, or begin one.
 
         A run at a URL is downloaded into the cache first, and uploaded again if the body fails.
@@ -91,7 +83,7 @@ class Run:
         """The lines printed when a run starts: options, derived numbers, the step reached."""
         run = self.record
         lines = [
-            f"{group}: {_flags(flags)}"
+            f"{group}: {' '.join(f'{k}={v}' for k, v in flags.items() if v is not None)}"
             for group, flags in run["options"].items()
             if isinstance(flags, dict)
         ]
@@ -126,10 +118,6 @@ def _on_all(processes: Any, folder: Path, record: dict[str, Any], options: Train
         return Run(folder, opened, None)
     checkpoint = Checkpoint(Path(found[0]), found[1])
     return Run(folder, opened, checkpoint_here(checkpoint, options.report.save_dir))
-
-
-def _flags(options: dict[str, Any]) -> str:
-    return " ".join(f"{k}={v}" for k, v in options.items() if v is not None)
 
 
 # --- the folder ----------------------------------------------------------------------------------
@@ -173,19 +161,14 @@ def open_run(save_dir: Path, run: dict[str, Any], overwrite: bool) -> dict[str, 
     Raises:
         UserError: save_dir holds something else, or a run with other options.
     """
-    path = save_dir / RUN_FILE
-    run = json.loads(json.dumps(run))  # as it is read back: tuples are lists there
+    path, created = save_dir / RUN_FILE, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    run = json.loads(json.dumps(run | {"created": created}))  # as read back: tuples are lists
     if overwrite and path.exists():
         _remove_run(save_dir)
-        return _created_now(run)
+        return run
     if not path.exists():
-        others = sorted(p.name for p in save_dir.iterdir() if not p.name.startswith("."))
-        if others:
-            raise UserError(
-                f"save_dir {save_dir} holds other files ({', '.join(others[:3])}) and no "
-                f"{RUN_FILE}: expected an empty folder or a run; choose another --save_dir"
-            )
-        return _created_now(run)
+        refuse_others(save_dir, [file.name for file in save_dir.iterdir()])
+        return run
     before = read_record(path, required=False)
     try:
         changes = changed_options(before["options"], run["options"], NOT_OF_THE_RUN)
@@ -225,10 +208,6 @@ def own_checkpoint(save_dir: Path, run: dict[str, Any]) -> Checkpoint | None:
     return checkpoint
 
 
-def _created_now(run: dict[str, Any]) -> dict[str, Any]:
-    return {**run, "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-
-
 def _remove_run(save_dir: Path) -> None:
     """Remove what a run has written, and nothing else. run.json stays until the new run replaces
     it: killed in between, the folder is still that of a run, and --overwrite still takes it."""
@@ -244,7 +223,7 @@ def _remove_run(save_dir: Path) -> None:
 
 
 def describe_run(
-    options: TrainOptions, train: Rows, val: Rows, n_rows: int | None = None
+    options: TrainOptions, train: PackedRows, val: PackedRows, n_rows: int | None = None
 ) -> dict[str, Any]:
     """run.json: every option, what follows from them, and what it ran on.
 

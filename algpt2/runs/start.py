@@ -27,7 +27,7 @@ from ..shards.tfrecords import (
 )
 from ..system.console import log
 from ..system.files import cache_dir
-from ..tokenization_algpt2 import TextTokenizer, load_tokenizer
+from ..tokenization_algpt2 import NoTokenizerError, TextTokenizer, load_tokenizer, set_token_ids
 from .checkpoints import Checkpoint, checkpoint_folders, find_checkpoint
 from .mirror import fetch_checkpoint
 
@@ -43,6 +43,7 @@ class Start:
     init_from: str | None  # folder of `--init_from`, or a name on the hub
     tokenizer: TextTokenizer | None = None  # None: not chosen, or unknown
     seq_len: int | None = None  # tokens of a row
+    eot_id: int | None = None  # of packed rows, whose tokenizer may be unknown
 
     @classmethod
     def find(cls, options: ModelOptions) -> "Start":
@@ -70,6 +71,15 @@ class Start:
     def loads_weights(self) -> bool:
         """Whether the model takes the weights of `source`."""
         return bool(self.options.checkpoint and not self.options.from_scratch)
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Folder or name of the tokenizer: of the weights; of the config, if it has one."""
+        files = ("tokenizer.json", "vocab.json")
+        if self.init_from or self.loads_weights or self.folder is None:
+            return self.init_from or str(self.source)
+        has_own = any((self.folder / name).is_file() for name in files)
+        return str(self.folder) if has_own else DEFAULT_TOKENIZER
 
     @property
     def result_folder(self) -> Path:
@@ -104,7 +114,14 @@ class Start:
     def with_shards(self, data: DataOptions, manifest: Manifest) -> "Start":
         """The start of a run on packed shards, with their tokenizer if this machine has it."""
         tokenizer = tokenizer_of(self, data, manifest)
-        return replace(self, tokenizer=tokenizer, seq_len=manifest.seq_len)
+        return replace(self, tokenizer=tokenizer, seq_len=manifest.seq_len, eot_id=manifest.eot_id)
+
+    def set_token_ids(self, *configs: Any) -> None:
+        """Have a model's configurations name the ids of the tokenizer, or of the packed rows."""
+        if self.tokenizer is not None:
+            set_token_ids(self.tokenizer.token_ids, *configs)
+        elif self.eot_id is not None:
+            set_token_ids({"bos_token_id": self.eot_id, "eos_token_id": self.eot_id}, *configs)
 
     def config(self) -> dict[str, Any]:
         """The whole configuration, defaults included.
@@ -180,22 +197,18 @@ def find_config_folder(name: str) -> Path:
 
 
 def choose_tokenizer(start: Start, data: DataOptions, *, trains: bool = True) -> TextTokenizer:
-    """`--tokenizer`, else that of `--checkpoint`, `--init_from` or the config, else the packaged
-    one.
+    """`--tokenizer`, else that of `--checkpoint`, `--init_from` or the config; a config without one
+    gets the packaged tokenizer, weights without one do not.
 
     Raises:
         UserError: unknown config, checkpoint or tokenizer, or one that does not fit the other:
             said now, before hours of packing. Control codes that are new, unless the run `trains`.
     """
     folder = start.folder
-    if data.tokenizer:
-        tokenizer = load_tokenizer(data.tokenizer)
-    elif start.init_from or folder is None:
-        tokenizer = load_tokenizer(start.init_from or str(start.source))
-    elif any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        tokenizer = load_tokenizer(str(folder))
-    else:
-        tokenizer = load_tokenizer(DEFAULT_TOKENIZER)
+    try:
+        tokenizer = load_tokenizer(data.tokenizer or start.tokenizer_source)
+    except NoTokenizerError as error:
+        raise UserError(f"{error}; --tokenizer names the one that the weights need") from None
     tokenizer = tokenizer.with_control_codes(data.control_codes or ())
     if tokenizer.n_new_codes and not trains:
         raise UserError(
@@ -311,8 +324,16 @@ def open_or_pack(
             for path, code in zip(paths, codes, strict=True)
         ]
         return open_rows(join_rows(parts))
-    folder = Path(paths[0])
-    if len(paths) > 1 or not (folder / MANIFEST_FILE).is_file():
+    folder, packed = Path(paths[0]), [(Path(p) / MANIFEST_FILE).is_file() for p in paths]
+    if len(paths) > 1 and any(packed):
+        if not all(packed):
+            raise UserError(
+                f"{' '.join(paths)}: expected texts or packed shards, got both; pack the texts with"
+                " make_tfrecords.py"
+            )
+        parts = [open_or_pack([path], data, tokenizer, seq_len) for path in paths]
+        return open_rows(join_rows(parts))
+    if not packed[0]:
         folder = pack_into_cache(paths, data, tokenizer, seq_len)
     rows = open_rows(folder)
     manifest = rows.manifest
@@ -326,18 +347,28 @@ def open_or_pack(
             f"{folder} has rows of {manifest.seq_len} tokens, expected {seq_len}: "
             f"pass --seq_len {manifest.seq_len} or pack again"
         )
-    check_detokenizer(folder, manifest, data.detokenizer)
+    check_text_options(folder, manifest, data)
     return rows
 
 
-def check_detokenizer(folder: Path, manifest: Manifest, name: str | None) -> None:
-    """`UserError` if `--detokenizer` is given and shards were packed with another or none."""
-    if name not in (None, "auto", manifest.detokenizer):
-        given = f"with --detokenizer {manifest.detokenizer}"
-        raise UserError(
-            f"{folder} was packed {given if manifest.detokenizer else 'without --detokenizer'}: "
-            f"expected {name}; drop the flag, or pack the text again with --detokenizer {name}"
-        )
+TEXT_ONLY = (
+    "use_control_codes", "control_codes", "line_by_line", "document_mark", "text_key", "detokenizer"
+)  # fmt: skip
+
+
+def check_text_options(folder: Path, manifest: Manifest, data: DataOptions) -> None:
+    """`UserError` if an option for text is given and shards were packed with another value."""
+    as_packed = manifest.options | {"detokenizer": manifest.detokenizer}
+    for name in TEXT_ONLY:
+        value, packed = getattr(data, name), as_packed.get(name)
+        given = list(value) if isinstance(value, tuple) else value
+        if value != getattr(DataOptions, name) and given not in ("auto", packed):
+            shown = " ".join(given) if isinstance(given, list) else given
+            before = f"with --{name} {packed}" if packed else f"without --{name}"
+            raise UserError(
+                f"{folder} was packed {before}: expected {shown}; drop the flag, or pack the text"
+                f" again with --{name} {shown}"
+            )
 
 
 def pack_into_cache(
@@ -353,6 +384,8 @@ def pack_into_cache(
         key["control_codes"] = list(data.control_codes)
     if data.detokenizer:
         key["detokenizer"] = data.detokenizer
+    if data.document_mark:
+        key["document_mark"] = data.document_mark
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir() / f"packed-{digest}"
     if not (folder / MANIFEST_FILE).is_file():
@@ -360,7 +393,7 @@ def pack_into_cache(
     options = PackOptions(
         tuple(paths), str(folder), seq_len=seq_len, use_control_codes=data.use_control_codes,
         line_by_line=data.line_by_line, text_key=data.text_key, control_codes=data.control_codes,
-        detokenizer=data.detokenizer,
+        detokenizer=data.detokenizer, document_mark=data.document_mark,
     )  # fmt: skip
     pack(options, tokenizer)
     return folder

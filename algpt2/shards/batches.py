@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
 from ..options import TrainOptions
 from .tfrecords import PackedRows
 
 
-def global_rows(step: int, *, n_rows: int, batch_rows: int, seed: int) -> np.ndarray:
+def global_rows(step: int, n_rows: int, batch_rows: int, seed: int) -> np.ndarray:
     """Row ids (batch_rows,) int64 of the batch of all processes at `step` (from 0)."""
     positions = np.arange(step * batch_rows, (step + 1) * batch_rows)
     epochs, places = np.divmod(positions, n_rows)
@@ -28,20 +27,11 @@ def global_rows(step: int, *, n_rows: int, batch_rows: int, seed: int) -> np.nda
 
 
 def process_rows(
-    step: int, *, n_rows: int, batch_rows: int, seed: int, process: int, n_processes: int
+    step: int, n_rows: int, batch_rows: int, seed: int, process: int, n_processes: int
 ) -> np.ndarray:
     """Row ids (batch_rows / n_processes,) of one process: its contiguous slice of the batch.
-
-    Raises:
-        UserError: `n_processes` does not divide the batch.
-    """
-    size, remainder = divmod(batch_rows, n_processes)
-    if remainder:
-        raise UserError(
-            f"batch_size {batch_rows} does not divide by {n_processes} processes:"
-            f" choose a multiple of {n_processes}"
-        )
-    ids = global_rows(step, n_rows=n_rows, batch_rows=batch_rows, seed=seed)
+    `start_processes` sees to it that the processes divide the batch."""
+    ids, size = global_rows(step, n_rows, batch_rows, seed), batch_rows // n_processes
     return ids[process * size : (process + 1) * size]
 
 
@@ -73,22 +63,16 @@ class RowInputs:
 
     def row_ids(self, step: int) -> list[int]:
         """Ids of the rows of `step`, of all processes."""
-        optim = self.options.optim
-        ids = [
-            global_rows(i, n_rows=self.n_rows, batch_rows=optim.batch_size, seed=optim.seed)
-            for i in self._passes(step)
-        ]
+        optim, passes = self.options.optim, self._passes(step)
+        ids = [global_rows(i, self.n_rows, optim.batch_size, optim.seed) for i in passes]
         return np.concatenate(ids).tolist()
 
     def batches(self, step: int) -> Iterator[np.ndarray]:
         """Tokens (batch_size / processes, seq_len + 1) of each forward pass of this process."""
         optim, processes = self.options.optim, self.processes
         for i in self._passes(step):
-            ids = process_rows(
-                i, n_rows=self.n_rows, batch_rows=optim.batch_size, seed=optim.seed,
-                process=processes.rank, n_processes=processes.count,
-            )  # fmt: skip
-            yield self.rows[ids]
+            batch = (i, self.n_rows, optim.batch_size, optim.seed)
+            yield self.rows[process_rows(*batch, processes.rank, processes.count)]
 
     def _passes(self, step: int) -> range:
         grad_steps = self.options.optim.grad_steps

@@ -11,13 +11,10 @@ hosts H that divides S, no host runs out of rows, and a run continues at step s 
 before it. The pipeline is TensorFlow's graph and runs on the hosts of a pod without Python.
 """
 
-import hashlib
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import tensorflow as tf
@@ -26,51 +23,27 @@ from ..errors import UserError, describe
 from ..options import TFTrainOptions
 from ..system.processes_tf import Processes
 from . import batches
-from .tfrecords import (
-    FEATURE,
-    MANIFEST_FILE,
-    Manifest,
-    PackedRows,
-    damaged_records,
-    parse_manifest,
-    record_dtype,
-)
+from .tfrecords import FEATURE, MANIFEST_FILE, Manifest, PackedRows, check_files, parse_manifest
 
 SHUFFLED_ROWS = 1 << 16  # in the buffers of all shards together: 134 MB at 1,024 tokens
 READ_BYTES = 1 << 28  # read ahead, in all shards together
 INPUT_ERRORS = (tf.errors.DataLossError, tf.errors.InvalidArgumentError, tf.errors.NotFoundError)
 
 
-@dataclass(frozen=True)
-class Shards:
-    """A complete set of shards: folder (a path or gs://...) and manifest."""
+class Shards(PackedRows):
+    """The rows of shards on disk or gs://; a shard is read whole when a row of it is first used."""
 
-    folder: str
-    manifest: Manifest
+    def read_few(self, shard_id: int, places: np.ndarray) -> np.ndarray:
+        n_bytes, raw = self.record.itemsize, b""
+        with tf.io.gfile.GFile(self.files[shard_id], "rb") as file:
+            for place in places.tolist():
+                file.seek(place * n_bytes)
+                raw += file.read(n_bytes).ljust(n_bytes, b"\0")  # behind the end: damaged
+        return self._checked(shard_id, places, np.frombuffer(raw, self.record))
 
-    @property
-    def files(self) -> list[str]:
-        """In the manifest's order."""
-        return [f"{self.folder}/{shard.file}" for shard in self.manifest.shards]
-
-    def probe(self) -> str:
-        """As `PackedRows.probe`; reads only these two records of each shard.
-
-        Raises:
-            UserError: one of these records is damaged.
-        """
-        manifest, digest = self.manifest, hashlib.sha256()
-        dtype = record_dtype(manifest.seq_len, manifest.dtype)
-        for file, shard in zip(self.files, manifest.shards, strict=True):
-            with tf.io.gfile.GFile(file, "rb") as stream:
-                raw = stream.read(dtype.itemsize)
-                stream.seek(shard.bytes - dtype.itemsize)
-                raw += stream.read(dtype.itemsize)
-            records = np.frombuffer(raw, dtype)
-            if damaged_records(records, manifest.vocab_size).any():
-                raise UserError(f"{file} is corrupt; copy the shard again, or pack it again")
-            digest.update(np.ascontiguousarray(records["tokens"]).tobytes())
-        return digest.hexdigest()
+    def _map(self, shard_id: int) -> np.ndarray:
+        with tf.io.gfile.GFile(self.files[shard_id], "rb") as file:
+            return np.frombuffer(file.read(), self.record)
 
 
 def find_shards(flag: str, paths: Sequence[str]) -> Shards:
@@ -86,8 +59,6 @@ def find_shards(flag: str, paths: Sequence[str]) -> Shards:
 
 
 def _find_shards(flag: str, paths: Sequence[str]) -> Shards:
-    if not paths:
-        raise UserError(f"{flag} needs a folder, shards or a pattern")
     if len(paths) == 1 and tf.io.gfile.exists(f"{paths[0].rstrip('/')}/{MANIFEST_FILE}"):
         folder, named = paths[0].rstrip("/"), None
     else:
@@ -106,7 +77,7 @@ def _find_shards(flag: str, paths: Sequence[str]) -> Shards:
     path = f"{folder}/{MANIFEST_FILE}"
     if not tf.io.gfile.exists(path):
         raise UserError(f"{folder} has no {MANIFEST_FILE}: expected it beside the shards")
-    manifest = parse_manifest(tf.io.gfile.GFile(path).read(), path)
+    manifest = parse_manifest(tf.io.gfile.GFile(path, "rb").read(), path)
     shards = Shards(folder, manifest)
     listed = {shard.file for shard in manifest.shards}
     if named is not None and named != listed:
@@ -115,13 +86,8 @@ def _find_shards(flag: str, paths: Sequence[str]) -> Shards:
             f"{flag} and {path} disagree: left out {left_out[:3]}, not listed {unknown[:3]}; "
             f"expected its {len(listed)} shards: pass {folder}"
         )
-    for file, shard in zip(shards.files, manifest.shards, strict=True):
-        if not tf.io.gfile.exists(file):
-            raise UserError(f"{file} is missing: {path} lists it")
-        if (n_bytes := tf.io.gfile.stat(file).length) != shard.bytes:
-            raise UserError(
-                f"{file} is damaged: it has {n_bytes} bytes, expected {shard.bytes}; copy it again"
-            )
+    gfile = tf.io.gfile
+    check_files(shards, lambda path: gfile.stat(path).length if gfile.exists(path) else None)
     return shards
 
 
@@ -217,9 +183,8 @@ class ShardInputs:
     def take(self, step: int) -> tuple[Any, int]:
         n_steps = self.options.steps_per_call
         if self.iterator is None or not self.first <= step <= self.first + n_steps:
-            self.iterator, self.first = self._iterator(step), step
-            self._next()
-        elif step == self.first + n_steps:
+            self.iterator, self.first = self._iterator(step), step - n_steps
+        if step == self.first + n_steps:
             self.first = step
             self._next()
         return self.tokens, step - self.first
@@ -232,7 +197,7 @@ class ShardInputs:
         try:
             self.tokens = next(self.iterator)
         except INPUT_ERRORS as error:
-            raise UserError(corrupt_record(self.shards, describe(error))) from error
+            refuse_corrupt(self.shards, describe(error))
         self.wait_s += time.monotonic() - start_s
 
     def _iterator(self, step: int) -> Any:
@@ -266,35 +231,13 @@ class ShardInputs:
         return calls.unbatch().prefetch(2 * n_replicas).with_options(options)
 
 
-class FileRows(PackedRows):
-    """Rows of shards on disk or gs://, for evaluation; a shard is read whole at its first use."""
-
-    def __init__(self, shards: Shards) -> None:
-        super().__init__(Path(shards.folder), shards.manifest)
-        self.shards = shards
-
-    def _map(self, shard_id: int) -> np.ndarray:
-        path = self.shards.files[shard_id]
-        dtype = record_dtype(self.manifest.seq_len, self.manifest.dtype)
-        with tf.io.gfile.GFile(path, "rb") as file:
-            return np.frombuffer(file.read(), dtype)
-
-
-def corrupt_record(shards: Shards, message: str) -> str:
-    """The error message for a record that TensorFlow could not read: its shard and row."""
-    manifest = shards.manifest
-    dtype = record_dtype(manifest.seq_len, manifest.dtype)
-    found = re.search(r"corrupted record at (\d+)|truncated record at (\d+)", message)
-    if found:
-        row = int(found[1] or found[2]) // dtype.itemsize
-        for path in shards.files:
-            with tf.io.gfile.GFile(path, "rb") as file:
-                file.seek(row * dtype.itemsize)
-                data = file.read(dtype.itemsize)
-            records = np.frombuffer(data[: len(data) // dtype.itemsize * dtype.itemsize], dtype)
-            if not len(records) or damaged_records(records, manifest.vocab_size).any():
-                return f"{path}: row {row} is corrupt; copy the shard again, or pack it again"
-    return f"a shard in {shards.folder} cannot be read: {message[:300]}"
+def refuse_corrupt(shards: Shards, message: str) -> NoReturn:
+    """Raise the `UserError` for a record that TensorFlow could not read: its shard and row."""
+    if found := re.search(r"(?:corrupted|truncated) record at (\d+)", message):
+        row = np.array([int(found[1]) // shards.record.itemsize])
+        for shard_id in range(len(shards.files)):
+            shards.read_few(shard_id, row)
+    raise UserError(f"a shard in {shards.folder} cannot be read: {message[:300]}")
 
 
 class RowInputs(batches.RowInputs):

@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from ..corpus.documents import no_document
+from ..corpus.documents import log_counts, no_document
 from ..corpus.listing import identify_parts, list_parts
-from ..corpus.parts import BrokenInput, ChangedInput, CorpusCounts, Part, Reading
+from ..corpus.parts import SKIP_HINT, BrokenInput, ChangedInput, CorpusCounts, Part, Reading
 from ..errors import UserError, describe
 from ..options import PackOptions, changed_options
 from ..system.console import Progress, log
@@ -55,8 +55,8 @@ from .tfrecords import (
     MANIFEST_FILE,
     Manifest,
     Shard,
+    from_json,
     read_manifest,
-    shard_from_json,
     write_manifest,
     write_shard,
 )
@@ -80,7 +80,8 @@ COUNTS = ("documents", "text_bytes", "words", "line_ends")  # fields of Manifest
 # Options that decide the bytes of the shards: manifest.json records them in this order.
 RECORDED = (
     "files_per_tfrecord", "n_shards", "use_control_codes", "control_codes", "n_examples", "n_files",
-    "line_by_line", "text_key", "detokenizer", "min_length", "dedup", "valid_fraction",
+    "line_by_line", "document_mark", "text_key", "detokenizer", "min_length", "dedup",
+    "valid_fraction",
 )  # fmt: skip
 
 
@@ -203,7 +204,7 @@ def _pack(job: Job) -> Manifest:
         raise
     _remove_work(job)
     seconds = max(1e-9, time.monotonic() - start_s)
-    log(f"read {job.counts}")
+    log_counts(job.counts, job.tokenizer.end_of_text)
     ray = job.options.ray
     workers = f"{job.workers} workers" if ray is None else f"Ray at {ray}"
     log(f"{seconds:.1f} s, {job.counts.text_bytes / 1e6 / seconds:.2f} MB/s, {workers}")
@@ -234,10 +235,11 @@ def _encode(job: Job) -> tuple[TokenStore, dict[str, Any]]:
     """Run the tasks; the stored tokens, and the encoder as the manifest records it."""
     options, plan = job.options, job.plan
     if job.counts.n_broken and not options.skip_broken:
-        raise BrokenInput(f"{job.counts.broken[0]}; --skip_broken leaves it out and counts it")
+        raise BrokenInput(f"{job.counts.broken[0]}{SKIP_HINT}")
     reading = Reading(
-        options.text_key, options.line_by_line, options.min_length, options.skip_broken
-    )
+        options.text_key, options.line_by_line, options.min_length, options.skip_broken,
+        document_mark=options.document_mark, end_of_text=job.tokenizer.end_of_text,
+    )  # fmt: skip
     tasks = cut_tasks(job.parts, options.n_files)
     encoder = _choose_encoder(job, sample(tasks, reading))
     n_examples = options.n_examples
@@ -416,7 +418,7 @@ def _write_shard(
     split = path.parent.name if path.parent != folder else ""
     record = store.work / f"shard-{split}-{path.stem}.json"
     with contextlib.suppress(FileNotFoundError, UserError):  # not done, or damaged since
-        shard = shard_from_json(read_record(record).get("shard"), record)
+        shard = from_json(Shard, read_record(record).get("shard"), record)
         if target and target.stat().st_size == shard.bytes:
             return shard
         if not target and describe_file(path) == (shard.bytes, shard.sha256):

@@ -19,7 +19,7 @@ import re
 import reprlib
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..system.console import Progress
-from ..system.files import CHECKSUM, content_sha256, json_text, write_record
+from ..system.files import CHECKSUM, content_sha256, errors_name, json_text, write_record
 from ..system.parallel import run_tasks
 from ..system.remote import RemotePath, as_path
 
@@ -201,17 +201,15 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = as_path(folder) / MANIFEST_FILE
     try:
-        return parse_manifest(path.read_text(encoding="utf-8"), path)
+        return parse_manifest(path.read_bytes(), path)
     except FileNotFoundError:
         raise UserError(f"{folder} holds no packed shards: it has no {MANIFEST_FILE}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is damaged: it is not JSON") from None
 
 
-def parse_manifest(text: str, path: str | Path | RemotePath) -> Manifest:
-    """The manifest in `text`, which was read from `path`; see `read_manifest`."""
+def parse_manifest(text: bytes, path: str | Path | RemotePath) -> Manifest:
+    """The manifest in UTF-8 that was read from `path`; see `read_manifest`."""
     try:
-        content = json.loads(text)
+        content = json.loads(text.decode())
     except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged: it is not JSON") from None
     version = content.get("format_version") if isinstance(content, dict) else FORMAT_VERSION
@@ -220,7 +218,7 @@ def parse_manifest(text: str, path: str | Path | RemotePath) -> Manifest:
             f"{path}: format_version is {reprlib.repr(version)}, expected {FORMAT_VERSION};"
             " pack the text again"
         )
-    manifest = _from_json(Manifest, content, path)
+    manifest = from_json(Manifest, content, path)
     problem = _inconsistency(manifest)
     try:
         if not problem and content.get(CHECKSUM) != content_sha256(asdict(manifest)):
@@ -237,8 +235,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_record(folder / MANIFEST_FILE, asdict(manifest))
 
 
-def _from_json(cls: type[T], content: Any, path: str | Path) -> T:
-    """An instance of a dataclass; fields have the declared types, numbers are in `RANGES`."""
+def from_json(cls: type[T], content: Any, path: str | Path) -> T:
+    """A `Manifest` or `Shard` from JSON that was read from `path`; numbers are in `RANGES`.
+
+    Raises:
+        UserError: a field is missing or of another type.
+    """
     if type(content) is not dict:
         raise UserError(f"{path} is damaged: expected an object, got {reprlib.repr(content)}")
     values = {field.name: content.get(field.name) for field in fields(cls)}
@@ -246,7 +248,7 @@ def _from_json(cls: type[T], content: Any, path: str | Path) -> T:
         value, expected = values[field.name], field.type
         low, high = RANGES.get(field.name, (0, 2**62))
         if field.name == "shards" and type(value) is list:
-            values["shards"] = tuple(_from_json(Shard, shard, path) for shard in value)
+            values["shards"] = tuple(from_json(Shard, shard, path) for shard in value)
             continue
         if type(value) is not expected or (expected is int and not low <= value <= high):
             wanted = f"a number from {low} to {high}" if expected is int else expected.__name__
@@ -254,15 +256,6 @@ def _from_json(cls: type[T], content: Any, path: str | Path) -> T:
                 f"{path} is damaged: {field.name} is {reprlib.repr(value)}, expected {wanted}"
             )
     return cls(**values)
-
-
-def shard_from_json(content: Any, path: str | Path) -> Shard:
-    """The `Shard` in JSON that was read from `path`.
-
-    Raises:
-        UserError: a field is missing or of another type.
-    """
-    return _from_json(Shard, content, path)
 
 
 def _inconsistency(manifest: Manifest) -> str | None:
@@ -314,7 +307,7 @@ def write_file(
     partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     digest = hashlib.sha256()
     try:
-        with partial.open("wb") as file:
+        with errors_name(path), partial.open("wb") as file:
             for block in blocks:
                 file.write(block)
                 digest.update(block)
@@ -323,10 +316,8 @@ def write_file(
                 os.fsync(file.fileno())
             n_bytes = file.tell()
         partial.replace(path)
-    except BaseException as error:
+    except BaseException:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     return n_bytes, digest.hexdigest()
 
@@ -354,8 +345,10 @@ class PackedRows:
     copies in the stored dtype. Each record that is read is checked: `UserError` if it is damaged.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path | str, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
+        self.files = [f"{folder}/{shard.file}" for shard in manifest.shards]
+        self.record = record_dtype(manifest.seq_len, manifest.dtype)
         self._records = functools.lru_cache(OPEN_SHARDS)(self._map)
 
     def __len__(self) -> int:
@@ -383,23 +376,26 @@ class PackedRows:
         """
         digest = hashlib.sha256()
         for shard_id, shard in enumerate(self.manifest.shards):
-            digest.update(self._read(shard_id, np.array([0, shard.rows - 1])).tobytes())
+            digest.update(self.read_few(shard_id, np.array([0, shard.rows - 1])).tobytes())
         return digest.hexdigest()
 
+    def read_few(self, shard_id: int, places: np.ndarray) -> np.ndarray:
+        """The tokens (n, seq_len + 1) of a few records of a shard."""
+        return self._read(shard_id, places)
+
     def _read(self, shard_id: int, places: np.ndarray) -> np.ndarray:
-        """The tokens (n, seq_len + 1) of some records of a shard."""
-        records = np.atleast_1d(self._records(shard_id)[places])
+        return self._checked(shard_id, places, np.atleast_1d(self._records(shard_id)[places]))
+
+    def _checked(self, shard_id: int, places: np.ndarray, records: np.ndarray) -> np.ndarray:
+        """The tokens (n, seq_len + 1) of the records at some places of a shard."""
         bad = damaged_records(records, self.manifest.vocab_size)
         if bad.any():
-            path = self.folder / self.manifest.shards[shard_id].file
-            row = int(np.atleast_1d(places)[bad.argmax()])
+            path, row = self.files[shard_id], int(np.atleast_1d(places)[bad.argmax()])
             raise UserError(f"{path}: row {row} is corrupt; copy the shard again, or pack it again")
         return records["tokens"]
 
     def _map(self, shard_id: int) -> np.ndarray:
-        path = self.folder / self.manifest.shards[shard_id].file
-        dtype = record_dtype(self.manifest.seq_len, self.manifest.dtype)
-        return np.memmap(path, dtype, mode="r")
+        return np.memmap(self.files[shard_id], self.record, mode="r")
 
 
 def damaged_records(records: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -416,19 +412,22 @@ def open_rows(folder: str | Path) -> PackedRows:
     Raises:
         UserError: the manifest is missing or damaged; a shard is missing or has another size.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    for shard in manifest.shards:
-        path = folder / shard.file
-        if not path.is_file():
-            raise UserError(f"{path} is missing: {folder / MANIFEST_FILE} lists it")
-        n_bytes = path.stat().st_size
+    rows = PackedRows(Path(folder), read_manifest(folder))
+    check_files(rows, lambda path: Path(path).stat().st_size if Path(path).is_file() else None)
+    return rows
+
+
+def check_files(rows: PackedRows, size_of: Callable[[str], int | None]) -> None:
+    """`UserError` unless each shard has the size that the manifest lists (None: it is missing)."""
+    for path, shard in zip(rows.files, rows.manifest.shards, strict=True):
+        n_bytes = size_of(path)
+        if n_bytes is None:
+            raise UserError(f"{path} is missing: {rows.folder}/{MANIFEST_FILE} lists it")
         if n_bytes != shard.bytes:
             raise UserError(
                 f"{path} is damaged: it has {n_bytes} bytes, expected {shard.bytes};"
                 " copy it again, or pack again with --overwrite"
             )
-    return PackedRows(folder, manifest)
 
 
 # --- checking ------------------------------------------------------------------------------------

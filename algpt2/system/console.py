@@ -1,11 +1,12 @@
 """What a user sees of work under way: lines, tables, progress; printed by process 0 alone."""
 
+import contextlib
 import json
 import os
 import reprlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
@@ -92,6 +93,19 @@ def is_main_process() -> bool:
     return process_index() == 0
 
 
+class MainFirst:
+    """What `Processes` of both frameworks share; they have a `barrier`."""
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Process 0 runs the body before the others: it packs, they find what it packed."""
+        if not is_main_process():
+            self.barrier()
+        yield
+        if is_main_process():
+            self.barrier()
+
+
 class Progress:
     """A bar on a terminal, a plain line every ten seconds in a log; speed and time left in both.
 
@@ -164,3 +178,11 @@ def write(text: str) -> None:
     """Print a piece of a text on process 0, at once."""
     if is_main_process():
         print(text, end="", flush=True)
+
+
+def untied_warning(source: object, head: str, table: str) -> str:
+    """For weights whose head is another than the token table that config.json names as the head."""
+    return (
+        f"warning: {source} holds another {head} than {table}, though its config.json ties them: "
+        'the latter is used; "tie_word_embeddings": false uses both'
+    )

@@ -202,7 +202,9 @@ def _result(ray: Any, reference: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, FileNotFoundError) or "No module named" in str(cause):
-            reason = describe(cause) if isinstance(cause, OSError) else _last_line(cause)
+            reason = describe(cause)
+            if not isinstance(cause, OSError):
+                reason = str(cause).strip().splitlines()[-1]
             raise TasksStopped(
                 f"a node of the Ray cluster lacks something ({reason}): expected the packages of"
                 f" requirements.txt on all, and {ROOT}, the text, the tokenizer and --save_path at"
@@ -214,10 +216,6 @@ def _result(ray: Any, reference: Any) -> Any:
         raise TasksStopped(
             f"the Ray cluster failed ({reason}): finished tasks are kept; repeat the command"
         ) from None
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1]
 
 
 def _cancel(ray: Any, references: Collection[Any]) -> None:

@@ -2,7 +2,7 @@
 
 import atexit
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +11,18 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
+from .. import kernels_algpt2
 from ..errors import UserError, describe
+from ..kernels_algpt2 import has_compiler
 from ..options import OptimOptions, TrainOptions
-from .console import is_main_process, torchrun_number, torchrun_process
+from .console import MainFirst, is_main_process, torchrun_number, torchrun_process
 from .memory import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Processes:
+class Processes(MainFirst):
     """This process among those that train together, its device and its number format."""
 
     rank: int
@@ -58,15 +60,6 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
-    @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Process 0 runs the body before the others: it packs, they find what it packed."""
-        if not is_main_process():
-            self.barrier()
-        yield
-        if is_main_process():
-            self.barrier()
-
     def autocast(self) -> contextlib.AbstractContextManager:
         """Context in which matrix products run in `dtype`."""
         if self.dtype == torch.float32:
@@ -92,6 +85,7 @@ def start_processes(options: TrainOptions) -> Processes:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+        kernels_algpt2.COMPILES = options.compile is not False
     else:
         keep_freed_memory()
     if count > 1 and not dist.is_initialized():
@@ -104,6 +98,13 @@ def start_processes(options: TrainOptions) -> Processes:
         # Its threads must end before the interpreter does: left alone, 2 of 40 runs aborted there.
         atexit.register(dist.destroy_process_group)
     return Processes(rank, count, device, _dtype(options.optim, device))
+
+
+def compiles(options: TrainOptions, device: torch.device) -> bool:
+    """Whether torch.compile runs: as `--compile` says, else on CUDA where its compilers are."""
+    if options.compile is not None:
+        return options.compile
+    return has_compiler(device)
 
 
 def _device(name: str) -> torch.device:

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from ..errors import PeerGoneError, UserError, describe
 from ..options import OptimOptions, TFTrainOptions
-from .console import is_main_process, log, process_index
+from .console import MainFirst, is_main_process, log, process_index
 from .memory import keep_freed_memory
 from .strategy_tf import build_strategy
 
@@ -33,7 +33,7 @@ def peers_may_go() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Processes:
+class Processes(MainFirst):
     """This process among those that train together, the devices of all, the number format."""
 
     rank: int
@@ -106,15 +106,6 @@ class Processes:
     def barrier(self) -> None:
         """Return when every process is here."""
         self.sum(np.zeros(1, np.int32))
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Process 0 runs the body before the others: it packs, they find what it packed."""
-        if not is_main_process():
-            self.barrier()
-        yield
-        if is_main_process():
-            self.barrier()
 
 
 def start_processes(options: TFTrainOptions, tpu: str | None = None) -> Processes:

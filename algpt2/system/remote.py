@@ -124,7 +124,8 @@ class RemotePath:
         """Upload the file `local` to here; with a progress bar, except in a worker process."""
         with self._errors_named("write", reading=False) as (fs, path):
             target = path
-            if not OBJECT_STORES & set(_protocols(fs)):
+            names = [fs.protocol] if isinstance(fs.protocol, str) else fs.protocol
+            if OBJECT_STORES.isdisjoint(names):
                 folder, _, name = path.rpartition("/")
                 fs.makedirs(folder, exist_ok=True)
                 target = f"{folder}/.{name}.partial"
@@ -194,10 +195,6 @@ def _file_system(url: str) -> tuple[Any, str]:
         raise UserError(f"{url} needs another package: pip install {missing}") from None
     except ValueError as error:
         raise UserError(f"{url}: {describe(error)}; expected gs://, s3:// or a path") from None
-
-
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
 def _difference(info: dict[str, Any], local: Path) -> str | None:

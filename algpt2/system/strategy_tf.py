@@ -45,7 +45,9 @@ def build_strategy(tpu: str | None, n_devices: int | None = None) -> "tf.distrib
             return strategy
         kind = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
         devices = [device.name for device in tf.config.list_logical_devices(kind)][:n_devices]
-        return tf.distribute.MirroredStrategy(devices) if len(devices) > 1 else _single()
+        if len(devices) > 1:
+            return tf.distribute.MirroredStrategy(devices)
+        return tf.distribute.get_strategy()
     if tpu != "local":
         wait_until_healthy(tpu)
     try:
@@ -91,18 +93,22 @@ def meet_workers() -> None:
 
 def _wait_for(address: str) -> None:
     """Return when a worker listens at "host:port"."""
-    host, _, port = address.rpartition(":")
     start_s, is_said = time.monotonic(), False
     while True:
         try:
-            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-            return
+            return _connect(address)
         except OSError as error:
             if not is_said and time.monotonic() - start_s > PATIENCE_SECONDS:
                 # Not `log`, which only process 0 prints: each worker waits for another.
                 print(f"waiting for the worker at {address} ({describe(error)})", file=sys.stderr)
                 is_said = True
         time.sleep(MEET_SECONDS)
+
+
+def _connect(address: str) -> None:
+    """`OSError` unless something listens at "host:port"."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
 
 
 def wait_until_healthy(name: str) -> None:
@@ -144,9 +150,8 @@ def wait_until_healthy(name: str) -> None:
 def check_addresses(name: str, addresses: list[str]) -> None:
     """`UserError` unless each "host:port" answers: TensorFlow would wait for it forever."""
     for address in addresses:
-        host, _, port = address.removeprefix("grpc://").rpartition(":")
         try:
-            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+            _connect(address.removeprefix("grpc://"))
         except OSError as error:
             raise UserError(
                 f"--tpu {name}: its worker {address} does not answer ({describe(error)}): run this "
@@ -164,9 +169,3 @@ def _tpu_client(name: str) -> Any:
             f"--tpu {name}: the Cloud TPU API is not available ({describe(error)[:200]}); use "
             "--tpu local on a TPU host, or --tpu none"
         ) from error
-
-
-def _single() -> "tf.distribute.Strategy":
-    import tensorflow as tf
-
-    return tf.distribute.get_strategy()

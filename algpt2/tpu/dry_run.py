@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import UserError
 from ..options import TFRecordOptions
@@ -27,18 +27,6 @@ GIB = 2**30
 REQUIREMENTS = "requirements-dry-run.txt"
 MAX_ROWS = 1024  # per core: where --find_batch stops asking
 
-# Chips of a slice by the number in its name: a torus of two dimensions, or of three.
-_TORUS_CORES = {
-    8: "2x2", 32: "4x4", 64: "4x8", 128: "8x8", 256: "8x16", 512: "16x16", 1024: "16x32",
-    2048: "32x32",
-}  # fmt: skip
-_CUBE_CORES = {
-    8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8",
-    1024: "8x8x8", 2048: "8x8x16", 4096: "8x16x16",
-}  # fmt: skip
-_TORUS_CHIPS = {
-    1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
-}  # fmt: skip
 # The peak FLOP/s of a chip, over its matrix units (4, 8, 4) times 2 x 128 x 128
 # (cloud.google.com/tpu/docs/v3, v4, v5e).
 _CLOCK_MHZ = {"v3": 940, "v4": 1050, "v5e": 1500}
@@ -73,15 +61,15 @@ class Slice:
         return batch_size // self.n_cores
 
 
-# generation: (HBM of a replica in GiB, cores of the name in a replica, sizes, largest,
-# chip_config); HBM from cloud.google.com/tpu/docs/v2 ... v6e
-_GENERATIONS: dict[str, tuple[int, int, dict[int, str], int, str]] = {
-    "v2": (8, 1, _TORUS_CORES, 512, ""),
-    "v3": (16, 1, _TORUS_CORES, 2048, ""),
-    "v4": (32, 2, _CUBE_CORES, 4096, "megacore"),
-    "v5e": (16, 1, _TORUS_CHIPS, 256, ""),
-    "v5p": (95, 2, _CUBE_CORES, 4096, ""),
-    "v6e": (32, 1, _TORUS_CHIPS, 256, ""),
+# generation: (HBM of a replica in GiB, cores of the name in a replica and in a chip, dimensions of
+# the torus of chips, sizes, chip_config); HBM from cloud.google.com/tpu/docs/v2 ... v6e
+_GENERATIONS: dict[str, tuple[int, int, int, int, list[int], str]] = {
+    "v2": (8, 1, 2, 2, [8, 32, 64, 128, 256, 512], ""),
+    "v3": (16, 1, 2, 2, [8, 32, 64, 128, 256, 512, 1024, 2048], ""),
+    "v4": (32, 2, 2, 3, [2**i for i in range(3, 13)], "megacore"),
+    "v5e": (16, 1, 1, 2, [1, 4, 8, 16, 32, 64, 128, 256], ""),
+    "v5p": (95, 2, 2, 3, [2**i for i in range(3, 13)], ""),
+    "v6e": (32, 1, 1, 2, [1, 4, 8, 16, 32, 64, 128, 256], ""),
 }
 
 
@@ -97,16 +85,18 @@ def parse_slice(name: str) -> Slice:
             f"--dry_run {name}: expected a TPU slice such as v2-8, v3-128, v4-32, v5e-16, v5p-8 or "
             f"v6e-16 (generations: {', '.join(_GENERATIONS)})"
         )
-    hbm_gib, per_replica, shapes, largest, chip_config = _GENERATIONS[generation]
-    sizes = [n for n in shapes if n <= largest]
+    hbm_gib, per_replica, per_chip, n_dims, sizes, chip_config = _GENERATIONS[generation]
     if size not in map(str, sizes):
         raise UserError(
             f"--dry_run {name}: no such size; expected one of "
             f"{', '.join(f'{generation}-{n}' for n in sizes)}"
         )
     gcloud_name = f"v5litepod-{size}" if generation == "v5e" else name
-    n_cores = int(size) // per_replica
-    return Slice(gcloud_name, f"{generation}:{shapes[int(size)]}", n_cores, hbm_gib, chip_config)
+    doublings = (int(size) // per_chip).bit_length() - 1  # of one chip, along each axis in turn
+    sides = [2 ** ((doublings + i) // n_dims) for i in range(n_dims)]
+    sides.sort(key=lambda side: (side == 1, side))  # 2x2x1
+    topology = f"{generation}:{'x'.join(map(str, sides))}"
+    return Slice(gcloud_name, topology, int(size) // per_replica, hbm_gib, chip_config)
 
 
 def check_command(flags: TFRecordOptions) -> Slice:
@@ -219,19 +209,12 @@ def read_answer(answer: dict[str, Any]) -> Compiled | TooLarge:
     return TooLarge(*(f"{size[:-1]} {size[-1]}iB" for size in sizes))
 
 
-class Program(Protocol):
-    """A training step that can be lowered for any batch: dry_run_tf.StepProgram."""
-
-    def lower(self, rows_per_core: int) -> bytes:
-        """The serialized HLO module of one core."""
-
-
 @dataclass
 class DryRun:
     """One training step on one slice, compiled for any number of batches."""
 
     tpu: Slice
-    program: Program
+    program: Any  # dry_run_tf.StepProgram, which imports TensorFlow
     seq_len: int  # tokens of a row
     flops_per_row: int  # closed form, one row forward and backward
     compiler: Callable[[bytes, Slice], Compiled | TooLarge] = compile_program

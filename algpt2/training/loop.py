@@ -145,11 +145,17 @@ class Trainer:
 
     def lr_factor(self, step: int) -> float:
         """Learning rate of `step` (from 0) over the peak."""
-        optim = self.options.optim
-        return lr_factor(
-            step, schedule=optim.lr_schedule, n_steps=self.n_steps, warmup_steps=optim.warmup_steps,
-            min_lr_ratio=optim.min_lr_ratio, decay_ratio=optim.decay_ratio,
-        )  # fmt: skip
+        return lr_factor(step, self.options.optim, self.n_steps)
+
+    def train_step(self) -> tuple[float, float]:
+        """One optimizer step: mean loss in nats per token of the global batch, and gradient norm.
+
+        A step that `--skip_outliers` leaves out counts, but changes neither weights nor optimizer.
+
+        Raises:
+            NonFiniteError: loss or gradient is NaN or infinite; raised before the update.
+        """
+        return self.train_steps(1)
 
     def hint(self) -> Hint:
         """What to say if the coming step is bad."""

@@ -1,5 +1,6 @@
 """The optimizers of PyTorch, and their state under names that both frameworks read."""
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..options import OptimOptions
+from .schedules import IN_BLOCK
 
 
 class Optimizers:
@@ -36,6 +38,23 @@ class Optimizers:
             for optimizer in self.optimizers:
                 scaler.step(optimizer)
         scaler.update()
+
+    @property
+    def judges_on_device(self) -> bool:
+        """Whether `step_unless` works: fused AdamW alone can leave an update out by itself."""
+        return all(isinstance(optimizer, torch.optim.AdamW) for optimizer in self.optimizers)
+
+    def step_unless(self, bad: Tensor, divisor: Tensor | None) -> None:
+        """Update the parameters if `bad` is 0; the host reads nothing.
+
+        Args:
+            bad: float32 scalar, 0 or 1. At 1 weights, moments and step counts stay as they are.
+            divisor: of the gradients, float32 scalar; None: 1.
+        """
+        for optimizer in self.optimizers:
+            # torch's GradScaler gives these two to a fused optimizer in the same way.
+            optimizer.found_inf, optimizer.grad_scale = bad, divisor
+            optimizer.step()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The whole state as `{parameter name}/{slot}`; Python numbers become float64 scalars."""
@@ -119,7 +138,7 @@ def build_optimizer(model: nn.Module, optim: OptimOptions, lr: float) -> Optimiz
 
     Sources: AdamW arXiv:1711.05101, Adafactor arXiv:1804.04235 (with an explicit learning rate
     and, unlike torch's, a first moment), Muon arXiv:2502.16982 (updates scaled to AdamW's RMS, so
-    that one learning rate serves both; embeddings, biases and norms take AdamW).
+    that one learning rate serves both; what is outside blocks, biases and norms take AdamW).
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decay, decay_none = optim.weight_decay, 0.0
@@ -146,10 +165,7 @@ def build_optimizer(model: nn.Module, optim: OptimOptions, lr: float) -> Optimiz
                       scale_parameter=optim.relative_update_scale, relative_step=False)
         ]  # fmt: skip
     else:
-        embeddings = {
-            id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-        }
-        hidden = [n for n, p in parameters.items() if p.dim() == 2 and id(p) not in embeddings]
+        hidden = [n for n, p in parameters.items() if p.dim() == 2 and re.search(IN_BLOCK, n)]
         muon = torch.optim.Muon(
             [parameters[name] for name in hidden], lr=lr, weight_decay=decay,
             momentum=optim.momentum, adjust_lr_fn="match_rms_adamw",

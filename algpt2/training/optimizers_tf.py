@@ -15,6 +15,7 @@ import tensorflow as tf
 from ..errors import UserError
 from ..modeling_tf_algpt2 import TFALGPT2LMHeadModel
 from ..options import OptimOptions
+from .schedules import IN_BLOCK
 
 
 def decay_matrix(variable: Any, amount: tf.Tensor) -> None:
@@ -77,10 +78,10 @@ class SGD(keras.optimizers.SGD):
 
 
 class Muon(keras.optimizers.Muon):
-    """Muon (arXiv:2502.16982) updates the matrices inside blocks; AdamW embeddings, biases, norms.
+    """Muon (arXiv:2502.16982) updates the matrices inside blocks; AdamW what is outside, biases and
+    norms.
 
     PyTorch's momentum is a mean of gradients, Keras' a sum; both give the same direction.
-    `projection_layer` and `dense` count as matrices inside blocks.
     """
 
     @property
@@ -203,7 +204,7 @@ def build_optimizer(model: TFALGPT2LMHeadModel, optim: OptimOptions, lr: float) 
     else:
         optimizer = Muon(
             lr, weight_decay=optim.weight_decay, momentum=optim.momentum, adam_beta_1=optim.beta1,
-            adam_beta_2=optim.beta2, epsilon=1e-8, exclude_layers=[r"\.wte\.", r"\.wpe\."],
+            adam_beta_2=optim.beta2, epsilon=1e-8, exclude_layers=[rf"^(?!.*{IN_BLOCK})"],
         )  # fmt: skip
     optimizer.build(model.trainable_variables)
     return optimizer

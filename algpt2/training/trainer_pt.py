@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,24 +12,29 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration_algpt2 import MAX_LAYERS, ALGPT2Config
 from ..errors import UserError, describe
 from ..evaluation.sampling_pt import sample_texts
-from ..export.convert_pt import start_model
+from ..export.convert_pt import load_weights, start_model
 from ..modeling_algpt2 import ALGPT2LMHeadModel
 from ..options import TrainOptions
 from ..runs.run import peak_lr
 from ..runs.start import Start
 from ..shards.batches import evenly_spaced
 from ..shards.tfrecords import PackedRows
+from ..system.console import log
 from ..system.memory import check_memory
-from ..system.processes_pt import Processes
+from ..system.processes_pt import Processes, compiles
 from . import loop
 from .optimizers_pt import Optimizers, build_optimizer
 
 # A gradient that overflows here, after 30 halvings of the scaler's, is infinite at any scale.
 MIN_LOSS_SCALE = 1e-4
+
+# A read of the loss lets the GPU wait for the host to start the next step.
+STEPS_PER_CALL_CUDA = 10
 
 
 # --- model ---------------------------------------------------------------------------------------
@@ -49,21 +55,14 @@ def build_model(start: Start) -> nn.Module:
         start.check_fits(config.to_dict())
         check_memory(count_parameters(config))
         if start.loads_weights:
-            # Never a pickle: a .bin file is refused, even where safetensors are missing.
-            model, found = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
-            if missing := sorted(found["missing_keys"]):
-                raise UserError(
-                    f"the weights in {source} lack {missing[0]} ({len(missing)} in all): expected "
-                    "those of its config.json"
-                )
+            model = load_weights(AutoModelForCausalLM, source)
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         if start.init_from:
             start_model(model, start.init_from, options.init_blocks or ("mean",))
         if tokenizer.vocab_size > model.config.vocab_size:
             add_embeddings(model, tokenizer.vocab_size)
+        start.set_token_ids(model.config, getattr(model, "generation_config", None))
     except UserError:
         raise
     except Exception as error:  # a damaged file can make transformers raise anything
@@ -98,6 +97,30 @@ def add_embeddings(model: nn.Module, vocab_size: int) -> None:
         table.weight[n_before:] = table.weight[:n_before].mean(0)
 
 
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each stored block for training; the model keeps its class, and so its chunked loss.
+
+    The blocks are of one class and shape, so one graph serves all layers. Evaluation and samples
+    run the blocks as they are: their shapes change, and each new shape would compile again.
+    """
+    # A graph break in a block of ours is a defect; other models may have them.
+    fullgraph = isinstance(model, ALGPT2LMHeadModel)
+    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for block in blocks or [model]:
+        block.forward = _compiled_in_training(block, fullgraph)
+
+
+def _compiled_in_training(block: nn.Module, fullgraph: bool) -> Callable[..., Any]:
+    """The forward pass of `block`, compiled while `block.training`."""
+    eager = block.forward
+    compiled = torch.compile(eager, fullgraph=fullgraph)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if block.training else eager)(*args, **kwargs)
+
+    return forward
+
+
 # --- loss ----------------------------------------------------------------------------------------
 
 
@@ -107,12 +130,22 @@ def mean_loss(model: nn.Module, rows: np.ndarray, device: torch.device) -> Tenso
     Args:
         rows: (B, T + 1) token ids; position t predicts token t + 1.
     """
-    tokens = torch.from_numpy(rows.astype(np.int64)).to(device, non_blocking=True)
+    tokens = torch.from_numpy(rows.astype(np.int64))
+    if device.type == "cuda":  # from other memory the host would wait for the copy
+        tokens = tokens.pin_memory()
+    tokens = tokens.to(device, non_blocking=True)
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    if isinstance(getattr(model, "module", model), ALGPT2LMHeadModel):
-        return model(inputs, shift_labels=labels, skip_logits=True).loss
+    if isinstance(bare(model), ALGPT2LMHeadModel):
+        return model(inputs, shift_labels=labels, skip_logits=True, use_cache=False).loss
     logits = model(inputs, use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of several processes and of `torch.compile`."""
+    for name in ("module", "_orig_mod"):
+        model = getattr(model, name, model)
+    return model
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -163,12 +196,19 @@ class Trainer(loop.Trainer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.compiles = compiles(self.options, self.processes.device)
+        if self.compiles:
+            compile_blocks(self.model)
         # The model as it is called; `self.model` is the bare one.
-        self.wrapped = torch.compile(self.model) if self.options.compile else self.model
+        self.wrapped = self.model
         if self.processes.count > 1:
-            self.wrapped = DistributedDataParallel(self.wrapped)
+            # A view saves a copy of all gradients.
+            self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         is_fp16 = self.processes.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.processes.device.type, enabled=is_fp16)
+        self.max_norm = self.options.optim.max_grad_norm or math.inf
+        on_cuda = self.processes.device.type == "cuda"
+        self.steps_per_call = self.options.steps_per_call or (STEPS_PER_CALL_CUDA if on_cuda else 1)
 
     @staticmethod
     def build_parts(
@@ -179,42 +219,67 @@ class Trainer(loop.Trainer):
         lr = peak_lr(options.optim, options.model)
         return model, build_optimizer(model, options.optim, lr)
 
-    def train_step(self) -> tuple[float, float]:
-        """One optimizer step: mean loss in nats per token of the global batch, and gradient norm.
+    @property
+    def judges_on_device(self) -> bool:
+        """Whether the host may start a step before it has read the one before. It may not with a
+        loss scale or `--skip_outliers`, whose limits follow from what it reads."""
+        host_decides = self.scaler.is_enabled() or self.guard.z is not None
+        return self.optimizer.judges_on_device and not host_decides
 
-        A step that `--skip_outliers` leaves out counts, but changes neither weights nor optimizer.
-
-        Raises:
-            NonFiniteError: loss or gradient is NaN or infinite; raised before the update.
-        """
-        optim, processes, scaler = self.options.optim, self.processes, self.scaler
-        seed_step(optim.seed, self.step, processes.rank)
+    def forward_backward(self, step: int) -> Tensor:
+        """Forward and backward passes of `step`: mean loss over all processes, on the device."""
+        optim, processes = self.options.optim, self.processes
+        seed_step(optim.seed, step, processes.rank)
         self.model.train()
         self.model.zero_grad(set_to_none=True)
-
-        # Forward and backward; the last pass of a step averages the gradients of all processes.
+        # The last pass of a step averages the gradients of all processes.
         total = torch.zeros((), device=processes.device)
-        for i, rows in enumerate(self.inputs.batches(self.step)):
+        for i, rows in enumerate(self.inputs.batches(step)):
             is_last = i == optim.grad_steps - 1 or processes.count == 1
             with contextlib.nullcontext() if is_last else self.wrapped.no_sync():
                 with processes.autocast():
                     loss = mean_loss(self.wrapped, rows, processes.device) / optim.grad_steps
-                scaler.scale(loss).backward()
+                self.scaler.scale(loss).backward()
             total += loss.detach()
+        return total
 
-        # Clip
-        self.optimizer.unscale(scaler)
-        max_norm = optim.max_grad_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        loss, norm = processes.mean(torch.stack([total, norm.to(total)])).tolist()
-
-        # Step
+    def judged_by_host(self) -> tuple[float, float]:
+        """A step whose update waits until the host has read loss and gradient norm."""
+        total = self.forward_backward(self.step)
+        self.optimizer.unscale(self.scaler)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        loss, norm = self.processes.mean(torch.stack([total, norm.to(total)])).tolist()
         if self.allows(loss, norm):
             self.optimizer.set_lr(self.lr_factor(self.step))
-            self.optimizer.step(scaler)
+            self.optimizer.step(self.scaler)
         else:
-            scaler.update()
+            self.scaler.update()
         self.step += 1
+        return loss, norm
+
+    def judged_by_device(self, n: int) -> tuple[float, float]:
+        """`n` steps that the host starts one after another and then reads at once.
+
+        Behind a step that is not finite no update follows: the weights are those before it.
+        """
+        bad, results = torch.zeros((), device=self.processes.device), []
+        for step in range(self.step, self.step + n):
+            total = self.forward_backward(step)
+            divisor = None
+            if self.processes.device.type == "cuda":  # saves a pass over the gradients
+                gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+                norm = nn.utils.get_total_norm(gradients)
+                divisor = ((norm + 1e-6) / self.max_norm).clamp(min=1.0)
+            else:
+                norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+            results.append(self.processes.mean(torch.stack([total, norm.to(total)])))
+            bad = torch.maximum(bad, 1 - results[-1].isfinite().all().float())
+            self.optimizer.set_lr(self.lr_factor(step))
+            self.optimizer.step_unless(bad, divisor)
+        for loss, norm in torch.stack(results).tolist():
+            is_finite = math.isfinite(loss) and math.isfinite(norm)
+            self.guard.record(self.step + 1, loss, norm, is_finite, self.hint)
+            self.step += 1
         return loss, norm
 
     def allows(self, loss: float, norm: float) -> bool:
@@ -229,8 +294,16 @@ class Trainer(loop.Trainer):
 
     def train_steps(self, n: int) -> tuple[float, float]:
         """Take `n` optimizer steps; loss and gradient norm of the last."""
-        for _ in range(n):
-            loss, norm = self.train_step()
+        start_s = time.monotonic()
+        if self.judges_on_device:
+            loss, norm = self.judged_by_device(n)
+        else:
+            for _ in range(n):
+                loss, norm = self.judged_by_host()
+        if self.compiles:
+            s = time.monotonic() - start_s
+            log(f"compiled: the first {n} steps took {s:.0f} s; --no_compile starts at once")
+            self.compiles = False
         return loss, norm
 
     def parameters(self) -> dict[str, Tensor]:

@@ -54,6 +54,7 @@ def build_model(start: Start, dtype: str = "float32", seed: int = 0) -> TFALGPT2
             model = TFALGPT2LMHeadModel(config, dtype=dtype, seed=seed)
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             model = add_embeddings(model, tokenizer.vocab_size, dtype)
+        start.set_token_ids(model.config)
     except UserError:
         raise
     except Exception as error:  # a damaged file can make transformers raise anything
@@ -155,7 +156,7 @@ def _eval_step(model: TFALGPT2LMHeadModel, strategy: tf.distribute.Strategy) -> 
 
 
 def build_step(
-    model: TFALGPT2LMHeadModel, optimizer: Any, optim: OptimOptions, compiled: bool = False
+    model: TFALGPT2LMHeadModel, optimizer: Any, optim: OptimOptions, compiled: bool | None = False
 ) -> Callable[..., tuple[tf.Tensor, tf.Tensor, tf.Tensor]]:
     """One optimizer step of one replica, for `strategy.run`; XLA can compile all of it.
 
@@ -322,16 +323,6 @@ class Trainer(loop.Trainer):
             model = build_model(start, processes.dtype, options.optim.seed)
             lr = peak_lr(options.optim, options.model)
             return model, build_optimizer(model, options.optim, lr)
-
-    def train_step(self) -> tuple[float, float]:
-        """One optimizer step: mean loss in nats per token of the global batch, and gradient norm.
-
-        A step that `--skip_outliers` leaves out counts, but changes neither weights nor optimizer.
-
-        Raises:
-            NonFiniteError: loss or gradient is NaN or infinite; raised before the update.
-        """
-        return self.train_steps(1)
 
     def train_steps(self, n: int) -> tuple[float, float]:
         """Take `n` optimizer steps; loss and gradient norm of the last. If a step's numbers are not

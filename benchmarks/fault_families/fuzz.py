@@ -501,7 +501,8 @@ class Fuzzer:
         """Whole commands of train_pt.py with one strange number each: no more than two steps."""
         name = draw.choice(STRANGE_FLAGS)
         value = draw.choice(STRANGE_NUMBERS)
-        argv = [*flags(self.folder, max_steps=2, save_dir=self.folder / "try"), f"--{name}={value}"]
+        changes = {"max_steps": 2, "save_dir": self.folder / "try", name: value}
+        argv = flags(self.folder, **changes)
 
         def read() -> None:
             try:

@@ -4,6 +4,7 @@ import bz2
 import gc
 import gzip
 import io
+import json
 import lzma
 import os
 import random
@@ -19,8 +20,9 @@ from test_documents import lines, read, read_parts, write, write_parquet
 
 from algpt2.corpus import archives, listing
 from algpt2.corpus.archives import TarStream
+from algpt2.corpus.documents import documents
 from algpt2.corpus.listing import list_parts
-from algpt2.corpus.parts import Broken, BrokenInput, CorpusCounts
+from algpt2.corpus.parts import Broken, BrokenInput, CorpusCounts, Reading
 from algpt2.errors import UserError
 from algpt2.system.parallel import TasksStopped
 
@@ -397,14 +399,14 @@ def test_a_process_that_is_killed_is_no_damage(tmp_path, started):
 
 
 def test_a_process_without_memory_is_no_damage(tmp_path, monkeypatch):
-    script = tmp_path / "unxz.py"
+    script = tmp_path / "decompression.py"
     failing = (
-        Path(archives.unxz.__file__)
+        Path(archives.decompression.__file__)
         .read_text()
         .replace("content = self._decompressor.decompress(", "raise MemoryError; (")
     )
     script.write_text(failing)
-    monkeypatch.setattr(archives.unxz, "__file__", str(script))
+    monkeypatch.setattr(archives.decompression, "__file__", str(script))
     path = write(tmp_path / "a.tar.xz", lzma.compress(pack_tar()))
     with pytest.raises(TasksStopped, match=r"killed or failed \(out of memory"):
         read(path, skip_broken=True)
@@ -417,3 +419,51 @@ def test_a_reader_that_stops_early_ends_the_process(tmp_path, started):
     texts.close()
     gc.collect()
     assert started[0].returncode == -signal.SIGKILL
+
+
+# --- every compression ---------------------------------------------------------------------------
+
+
+def pack_lines(n):
+    noise = random.Random(0)
+    return [{"text": f"{noise.getrandbits(4000):x}"} for _ in range(n)]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_every_compression_keeps_what_comes_before_damage(tmp_path, suffix):
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+    rows = pack_lines(2000)
+    raw = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    whole = compress[suffix](raw)
+    path = tmp_path / f"a.jsonl{suffix}"
+
+    def texts(content, **reading):
+        path.write_bytes(content)
+        return list(documents(str(path), Reading(**reading)))
+
+    assert texts(whole) == texts(whole + bytes(1000)) == [row["text"] for row in rows]
+    assert len(texts(whole + bytes(700_000) + whole)) == 4000
+    for damaged in (cut(whole), whole[:-4], whole + b"garbage behind"):
+        with pytest.raises(BrokenInput, match="cannot be decompressed"):
+            texts(damaged)
+        expected = 2000 * (0.5 if damaged == cut(whole) else 1)
+        lost = 900 if suffix == ".bz2" else 300  # bz2 has blocks of 900 kB
+        kept = texts(damaged, skip_broken=True)
+        assert expected - lost < len(kept) <= 2000
+        assert kept == [row["text"] for row in rows[: len(kept)]]
+    (tmp_path / "t.tar").write_bytes(pack_tar({f"b.jsonl{suffix}": cut(whole)}))
+    assert len(list(documents(str(tmp_path / "t.tar"), Reading(skip_broken=True)))) > 100
+    path = tmp_path / f"t.tar{suffix}"
+    path.write_bytes(cut(compress[suffix](pack_tar({"b.jsonl": raw}))))
+    assert len(list(documents(str(path), Reading(skip_broken=True)))) > 100
+    path = tmp_path / f"a.jsonl{suffix}"
+    with pytest.raises(BrokenInput, match=f"a.jsonl{suffix}.*it is empty"):
+        texts(b"")
+
+
+def test_zstd_with_a_window_of_2_gib_is_read(tmp_path):
+    header = b"\x28\xb5\x2f\xfd" + b"\0" + bytes([(31 - 10) << 3])  # RFC 8878: no size, window
+    content = b'{"text": "a"}\n'
+    block = (len(content) << 3 | 1).to_bytes(3, "little") + content  # the last, stored as it is
+    (tmp_path / "a.jsonl.zst").write_bytes(header + block)
+    assert list(documents(str(tmp_path))) == ["a"]

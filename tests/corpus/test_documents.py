@@ -251,9 +251,17 @@ def test_sources_without_text_are_named_before_anything_is_read(
         ("a.jsonl", '{"content": "x", "id": 1}\n', "line 1: no 'text' .* among content, id"),
         ("a.jsonl", '{"text": ["x"]}\n', "line 1: expected text in 'text', got a list"),
         ("a.jsonl", "[" * 100_000, "line 1: expected a JSON object"),
-        ("a.jsonl.gz", gzip.compress(os.urandom(5000))[:-999], "a.jsonl.gz: cannot be decompr"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(os.urandom(5000).hex().encode())[:-999],
+            "a.jsonl.gz: cannot be decompr",
+        ),
         ("a.txt.gz", b"not gzip", "a.txt.gz: cannot be decompressed"),
-        ("a.txt.zst", zstd(os.urandom(5000))[:-999], "a.txt.zst: cannot be decompressed"),
+        (
+            "a.txt.zst",
+            zstd(os.urandom(5000).hex().encode())[:-999],
+            "a.txt.zst: cannot be decompressed",
+        ),
         ("a.parquet", b"not parquet", "a.parquet: not a parquet file"),
         ("a.txt", "", "no document in .*a.txt: .* 1 empty"),
     ],
@@ -295,8 +303,8 @@ def test_broken_files_and_lines_are_left_out_on_request(tmp_path, capsys):
     assert capsys.readouterr().out.count("left out: ") == 4
     assert "4 broken inputs left out" in str(counts)
     write(tmp_path / "a.jsonl", lines({"body": "x"}))
-    with pytest.raises(UserError, match=r"no 'text'"):  # not damage, but a flag to set
-        read(tmp_path, skip_broken=True)
+    with pytest.raises(UserError, match=r"no document in .*no 'text' .--text_key names"):
+        read(tmp_path / "a.jsonl", skip_broken=True)
 
 
 @pytest.mark.parametrize("name", ["b.txt", "b.jsonl", "b.txt.gz"])
@@ -645,3 +653,131 @@ def test_a_text_is_blank_as_a_string_would_be():
     spaces = [c for c in map(chr, range(0x110000)) if c.isspace()]
     for text in [*spaces, "".join(spaces), *(s + "x" for s in spaces), "é", "\u200b", " \ufeff"]:
         assert words.is_blank(text.encode()) == text.isspace(), repr(text)
+
+
+# --- content that contradicts its name ------------------------------------------------------------
+
+
+TEXT = "one line of text\n" * 40
+
+
+@pytest.mark.parametrize("line_by_line", [False, True])
+@pytest.mark.parametrize("suffix, pack", [("", bytes), (".gz", gzip.compress)])
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        (TEXT.encode("utf-16-le"), "UTF-16 without a mark"),
+        (TEXT.encode("utf-16"), "UTF-16"),
+        (TEXT.encode("utf-16-be"), "UTF-16 without a mark"),
+        (TEXT.encode("utf-32"), "UTF-32"),
+        (gzip.compress(b"a"), "gzip"),
+        (zstd(b"a"), "zstd"),
+        (b"\x89ELF\0\0", "binary"),
+    ],
+)
+@pytest.mark.parametrize("name", ["b.txt", "b", "b.jsonl"])
+def test_content_that_is_no_utf8_is_named(
+    tmp_path, name, content, found, suffix, pack, line_by_line
+):
+    write(tmp_path / "a.txt", TEXT)
+    write(tmp_path / (name + suffix), pack(content))
+    with pytest.raises(BrokenInput, match=f"{name}{suffix}.*expected UTF-8 text, found.*{found}"):
+        read(tmp_path, line_by_line=line_by_line)
+    counts = CorpusCounts()
+    texts = read(tmp_path, counts=counts, skip_broken=True, line_by_line=line_by_line)
+    assert (len(texts), counts.n_broken) == (40 if line_by_line else 1, 1)
+
+
+@pytest.mark.parametrize("suffix, pack", [("", bytes), (".gz", gzip.compress)])
+@pytest.mark.parametrize("name", ["wiki_00", "wiki.txt", "wiki.dump"])
+@pytest.mark.parametrize("first", ["a", "long " * 4000])
+def test_json_lines_are_rows_whatever_their_name(tmp_path, monkeypatch, name, first, suffix, pack):
+    rows = pack(lines({"id": 1, "text": first}, {"id": 2, "text": "b"}).encode())
+    path = write(tmp_path / (name + suffix), rows)
+    assert read(path) == read(path, line_by_line=True) == [first, "b"]
+    monkeypatch.setattr(listing, "PIECE_BYTES", 10)
+    assert read(path, line_by_line=True) == [first, "b"]
+    with pytest.raises(UserError, match=r"no 'body' .*among id, text"):
+        read(path, text_key="body")
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', '{"text": ', "{\\bf x}\n{}\n", '{\n"text": "a"}'])
+def test_a_text_in_braces_is_a_text(tmp_path, text):
+    assert read(write(tmp_path / "a.txt", text)) == [text]
+
+
+@pytest.mark.parametrize("suffix, pack", [("", bytes), (".gz", gzip.compress)])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_the_line_ends_of_every_system_are_the_same(tmp_path, monkeypatch, end, suffix, pack):
+    text = "\nfirst line\n\nsecond line\n"
+    path = write(tmp_path / f"a.txt{suffix}", pack(text.replace("\n", end).encode()))
+    assert read(path) == [text]
+    assert read(path, line_by_line=True) == ["first line", "second line"]
+    rows = lines({"text": "a\r\nb"}, {"text": "c"}).replace("\n", end)
+    table = write(tmp_path / f"a.jsonl{suffix}", pack(rows.encode()))
+    assert read(table) == ["a\r\nb", "c"]  # what a row holds is data
+    monkeypatch.setattr(listing, "PIECE_BYTES", 10)
+    assert read(path, line_by_line=True) == ["first line", "second line"]
+    assert read(table) == ["a\r\nb", "c"]
+
+
+def test_a_suffix_has_a_letter_and_no_blank(tmp_path):
+    names = ("Paris", "St. Louis", "U.S. history", "1.", "a.png")
+    for name in names:
+        write(tmp_path / name, name)
+    counts = CorpusCounts()
+    assert sorted(read(tmp_path, counts=counts)) == sorted(names[:-1])
+    assert counts.other_files == {".png": 1}
+
+
+def test_a_row_without_text_costs_only_itself(tmp_path, monkeypatch):
+    rows = [{"text": "a"}, {"id": 1}, {"text": 7}, {"text": None}, {"text": "b"}]
+    path = write(tmp_path / "a.jsonl", lines(*rows))
+    write_parquet(tmp_path / "b.parquet", ["x"], name="body")
+    pq.write_table(pa.table([["x"], ["y"]], names=["text", "text"]), tmp_path / "c.parquet")
+    write_parquet(tmp_path / "d.parquet", [1])
+    write(tmp_path / "e.jsonl", "")
+    with pytest.raises(BrokenInput, match=r"a.jsonl, line 2: no 'text' .--text_key.* among id"):
+        read(path)
+    with pytest.raises(BrokenInput, match=r"c.parquet: 2 columns 'text' .* among text, text"):
+        read(tmp_path / "c.parquet")
+    counts = CorpusCounts()
+    assert read(tmp_path, skip_broken=True, counts=counts) == ["a", "b"]
+    assert (counts.n_broken, counts.empty) == (5, 2)
+    assert "line 3: expected text in 'text', got a int" in counts.broken[1]
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    (tmp_path / "hf").mkdir()
+    write_parquet(tmp_path / "hf" / "a.parquet", ["x"], name="body")
+    with pytest.raises(BrokenInput, match=r"row 0: no 'text'"):
+        read(f"hf:{tmp_path / 'hf'}")
+
+
+def test_the_files_of_this_project_are_not_text(tmp_path):
+    write(tmp_path / "a.txt", "text")
+    files = [("merges.txt", "vocab.json"), ("metrics.jsonl", "run.json")]
+    files += [("samples.jsonl", "run.json"), ("README.md", "model.safetensors")]
+    for name, beside in files:
+        write(tmp_path / name, lines({"text": "a row"}))
+        assert len(read(tmp_path)) == 2  # until the other file is there
+        write(tmp_path / beside, "{}")
+        assert read(tmp_path) == ["text"] == read(tmp_path / "*.[tm]*")
+        (tmp_path / beside).unlink()
+        assert read(tmp_path / name) == ["a row"]
+        (tmp_path / name).unlink()
+
+
+def test_a_folder_of_save_to_disk_is_read_under_every_name(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    rows.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": rows, "valid": rows.select([1])}).save_to_disk(
+        str(tmp_path / "two")
+    )
+    for folder in ("one", "two"):
+        assert read(tmp_path / folder) == read(f"hf:{tmp_path / folder}") == ["a", "b"]
+    assert read(f"hf:{tmp_path / 'two'}:valid") == ["b"]
+    before = identify_sources(str(tmp_path / "one"))
+    os.utime(tmp_path / "one" / "state.json", ns=(1, 1))
+    assert identify_sources(str(tmp_path / "one")) != before

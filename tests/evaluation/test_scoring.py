@@ -145,7 +145,7 @@ def test_lambada_by_both_conventions():
     table.table[WORDS["b"], WORDS["x"]] = -5.0
     table.table[WORDS["b"], WORDS["c"]] = -0.1
     passages = [("c a", "xy"), ("d b", "xy"), ("b " * 30 + "a", "x")]
-    score = score_lambada(table.model(context=6), passages, encode, end_of_text=0)
+    score = score_lambada(table.model(context=6), passages, encode, start_id=0)
     assert score.passages == 3
     assert score.word_accuracy == pytest.approx(2 / 3)
     assert score.word_ppl == pytest.approx(math.exp(5 / 3))
@@ -163,7 +163,7 @@ def test_blimp_compares_whole_sentences_behind_end_of_text():
         MinimalPair("b", "a", ("all", "first letter")),  # wrong
         MinimalPair("a", "c", ("all", "tie")),  # not a hit
     ]
-    groups = score_blimp(table.model(), pairs, encode, end_of_text=0)
+    groups = score_blimp(table.model(), pairs, encode, start_id=0)
     assert groups == {"all": (1 / 3, 3), "first letter": (0.5, 2), "tie": (0.0, 1)}
 
 

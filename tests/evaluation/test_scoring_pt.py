@@ -12,6 +12,8 @@ from algpt2.evaluation.scoring import cut_windows, score_windows, text_nats
 from algpt2.evaluation.scoring_pt import evaluation_model, score_rows
 from algpt2.system.processes_pt import Processes
 
+pytestmark = pytest.mark.numeric
+
 PROCESSES = Processes(0, 1, torch.device("cpu"), torch.float32)
 SHAPE = {
     "vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2,

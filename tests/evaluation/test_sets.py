@@ -25,6 +25,7 @@ from algpt2.evaluation.sets import (
     choose_detokenizer,
     evaluation_of_rows,
     find_sets,
+    read_pairs,
     read_passages,
     row_streams,
 )
@@ -80,11 +81,14 @@ def bench(tmp_path_factory):
     return folder
 
 
+PAIR_NAMES = {"UID": "number", "linguistics_term": "agreement", "field": "syntax"}
+
+
 def json_lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def uniform_evaluator(tokenizer, context=32, detokenizer=None, **options):
+def uniform_evaluator(tokenizer, context=32, detokenizer=None, codes=None, **options):
     """A model that knows nothing: every token has the same probability, the first is likeliest."""
 
     def score(rows):
@@ -94,7 +98,7 @@ def uniform_evaluator(tokenizer, context=32, detokenizer=None, **options):
     options = TrainOptions(
         eval_only=True, model=ModelOptions(checkpoint="no-such-folder"),
         eval=EvalOptions(eval_sets=("given",), **options),
-        data=DataOptions(detokenizer=detokenizer),
+        data=DataOptions(detokenizer=detokenizer, control_codes=codes),
     )  # fmt: skip
     return Evaluator(
         Model(score, context, 1024), tokenizer, options, precision="float32", checkpoint="c"
@@ -123,7 +127,7 @@ def test_files_that_are_named_are_read_whatever_their_name(bench, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "no such file"), ({}, "expected text"), ({"a.jsonl": "[1]"}, "a.jsonl, line 1.*obj"),
-     ({"a.jsonl": "{"}, "a.jsonl, line 1: not JSON")],
+     ({"a.jsonl": "{"}, "a.jsonl, line 1: expected a JSON object, Expecting")],
 )  # fmt: skip
 def test_a_source_without_sets_is_named(tmp_path, content, message):
     folder = tmp_path / "sets"
@@ -208,6 +212,28 @@ def test_documents_are_scored_one_by_one(bench, tmp_path, tokenizer_folder):
     assert sorted(starts) == sorted([tokenizer.eot_id, *i.tolist()] for i in ids)
 
 
+@pytest.mark.parametrize(("codes", "start_id"), [(None, 1), (("<pad>",), 2)])
+def test_texts_are_scored_behind_bos_or_the_given_code(bench, foreign_tokenizer, codes, start_id):
+    seen = []
+
+    def score(rows):
+        seen.extend(rows.tolist())
+        return np.zeros((len(rows), rows.shape[1] - 1)), rows[:, 1:] == 0
+
+    evaluator = uniform_evaluator(load_tokenizer(str(foreign_tokenizer)), codes=codes)
+    evaluator.model = Model(score, 32, 1024)
+    for path in (bench / "two.parquet", bench / "blimp"):
+        (one,) = find_sets([str(path)])
+        named = evaluator.evaluate(one).text
+        assert ("behind <pad>" in named) is bool(codes)
+    assert {row[0] for row in seen} == {start_id}
+
+
+def test_several_codes_for_sets_are_refused(foreign_tokenizer):
+    with pytest.raises(UserError, match=r"--control_codes </s> <s> with --eval_sets.*one code"):
+        uniform_evaluator(load_tokenizer(str(foreign_tokenizer)), codes=("</s>", "<s>"))
+
+
 def test_shards_are_one_stream(corpus, tokenizer_folder, tmp_path):
     tokenizer = load_tokenizer(str(tokenizer_folder))
     paths = (str(corpus / "valid"),), str(tmp_path / "shards")
@@ -257,6 +283,46 @@ def test_lambada_is_read_in_every_form_it_comes_in(tmp_path):
         [*read_passages(tmp_path / "lambada.txt")]
 
 
+MARK = "\N{ZERO WIDTH NO-BREAK SPACE}".encode()
+
+
+@pytest.mark.parametrize(
+    ("change", "n"),
+    [
+        (lambda raw: MARK + raw, 3), (lambda raw: b"\n" + raw, 3), (gzip.compress, 3),
+        (lambda raw: raw.replace(b"\n", b"\r\n"), 3), (lambda raw: raw.replace(b"\n", b"\r"), 3),
+        (lambda raw: raw.replace(b"cd", b"c\xff"), 3), (lambda raw: b"", 0),
+        (lambda raw: raw.decode().encode("utf-16"), 0),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["lambada.txt", "lambada.jsonl", "blimp.jsonl", "text.jsonl"])
+def test_sets_are_read_as_the_packer_reads_text(tmp_path, tokenizer_folder, name, change, n):
+    texts = ["ab cd ef", "gh ij", "kl mn"]
+    rows = [{"text": t, "sentence_good": t, "sentence_bad": "a"} | PAIR_NAMES for t in texts]
+    if name != "blimp.jsonl":
+        rows = [{"text": row["text"]} for row in rows]
+    content = "\n".join(texts) + "\n" if name.endswith(".txt") else json_lines(rows)
+    changed = change(content.encode())
+    path = tmp_path / (f"{name}.gz" if change is gzip.compress else name)
+    path.write_bytes(changed)
+    evaluator = uniform_evaluator(load_tokenizer(str(tokenizer_folder)), context=64)
+    if not n:
+        with pytest.raises(UserError, match=r"no document|found UTF-16") as error:
+            evaluator.evaluate(find_sets([str(path)])[0])
+        assert "--skip_broken" not in str(error.value)
+        return
+    (one,) = find_sets([str(path)])
+    assert one.kind == path.name.split(".")[0]
+    read = {"lambada": read_passages, "blimp": read_pairs}.get(one.kind)
+    assert len([*read(path)]) == n if read else evaluator.evaluate(one).details["words"] == 7
+    whole = tmp_path / "whole" / name
+    whole.parent.mkdir()
+    whole.write_text(content)
+    if b"\xff" not in changed:
+        (expected,) = find_sets([str(whole)])
+        assert evaluator.evaluate(one).details == evaluator.evaluate(expected).details
+
+
 def test_blimp_has_paradigms_phenomena_and_fields(bench, tmp_path, tokenizer_folder):
     (one,) = find_sets([str(bench / "blimp")])
     tokenizer = load_tokenizer(str(tokenizer_folder))
@@ -273,7 +339,7 @@ def test_blimp_has_paradigms_phenomena_and_fields(bench, tmp_path, tokenizer_fol
     first = uniform_evaluator(tokenizer, n_eval_examples=1).evaluate(one)
     assert first.details["groups"]["all"]["pairs"] == 2  # of each file
     (tmp_path / "odd.jsonl").write_text(json_lines([{"sentence_good": "x"}]))
-    with pytest.raises(UserError, match="line 1: no sentence_bad, UID"):
+    with pytest.raises(UserError, match="row 1: no sentence_bad, UID"):
         uniform_evaluator(tokenizer).evaluate(find_sets([str(tmp_path / "odd.jsonl")])[0])
 
 
@@ -330,17 +396,18 @@ def test_one_table_with_a_unit_for_every_number(run, bench, capsys):
     assert "| ptb/ptb.test.txt | ptb detokenizer | 32 | 8 | float32 | loss |" in shown
 
 
+@pytest.mark.numeric
 def test_training_and_both_evaluations_agree_with_a_detokenizer(run, tmp_path):
     text = tmp_path / "wiki.txt"
     text.write_text(WIKI * 200)
-    flags = ["--seq_len=16", "--device=cpu", "--detokenizer=wikitext", f"--val_path={text}"]
+    flags = ["--seq_len=16", "--detokenizer=wikitext", f"--val_path={text}"]
     train_pt.main([
         *flags, f"--checkpoint={run}", f"--train_path={text}", f"--save_dir={tmp_path / 'tuned'}",
-        "--max_steps=1", "--lr=1e-9",
+        "--max_steps=1", "--lr=1e-9", "--device=cpu",
     ])  # fmt: skip
     (line,) = [x for x in read_json_lines(tmp_path / "tuned/metrics.jsonl") if "val_loss" in x]
     evaluate(tmp_path / "tuned", *flags, "--compressors")
-    evaluate(tmp_path / "tuned", f"--eval_sets={text}", *flags[:3], "--compressors")
+    evaluate(tmp_path / "tuned", f"--eval_sets={text}", *flags[:2], "--compressors")
     rows, documents = records(tmp_path / "tuned")
     assert rows["text"] == documents["text"] == "wikitext detokenizer"
     for record, tolerance in ((rows, 1e-6), (documents, 3e-3)):  # a stream leaves an end over
@@ -354,7 +421,7 @@ def test_training_and_both_evaluations_agree_with_a_detokenizer(run, tmp_path):
         expected = 8 * len(gzip.compress(seen, 9, mtime=0)) / (200 * len(WIKI.encode()))
         assert values["gzip -9"] == pytest.approx(expected, rel=5e-3)
     shards = rows_of(text, "wikitext", run).folder
-    evaluate(tmp_path / "tuned", f"--eval_sets={shards}", *flags[:3], "--compressors")
+    evaluate(tmp_path / "tuned", f"--eval_sets={shards}", *flags[:2], "--compressors")
     assert records(tmp_path / "tuned")[-1]["text"] == "wikitext detokenizer"
     assert records(tmp_path / "tuned")[-1]["measures"] == rows["measures"]
     options = TrainOptions(
@@ -434,6 +501,7 @@ def test_evaluation_flags_alone_are_refused():
         train_pt.main(["--stride=8"])
 
 
+@pytest.mark.numeric
 def test_two_processes_give_the_numbers_of_one(run, bench, tmp_path):
     other = Path(shutil.copytree(run, tmp_path / "other"))
     flags = ["--eval_only", "--device=cpu", f"--eval_sets={bench}", "--batch_size=2"]

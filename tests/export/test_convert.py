@@ -75,6 +75,7 @@ def variant(**changes):
     return ALGPT2Config(**SMALL | sizes | changes)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     "config",
     [pytest.param(shrunken(f), id=f.name) for f in CONFIGS]
@@ -104,6 +105,7 @@ def test_the_export_has_the_tokenizer_and_what_generate_needs(save, tokenizer_fo
     assert len(modes) == 1
 
 
+@pytest.mark.numeric
 def test_weights_of_the_original_and_of_gpt2_itself_are_exported(save, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -164,6 +166,7 @@ def random_gpt2(**changes):
     return model
 
 
+@pytest.mark.numeric
 def test_a_start_without_sharing_and_factorization_is_exact(save):
     source = random_gpt2()
     target = variant(num_hidden_groups=4, embedding_size=16)
@@ -172,6 +175,7 @@ def test_a_start_without_sharing_and_factorization_is_exact(save):
     torch.testing.assert_close(logits(start), logits(source), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_start_from_a_model_of_rank_e_is_exact(save, tied):
     source = random_model(variant(num_hidden_groups=2, tie_word_embeddings=tied))
@@ -179,6 +183,7 @@ def test_a_start_from_a_model_of_rank_e_is_exact(save, tied):
     torch.testing.assert_close(logits(start), logits(source), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.numeric
 def test_tables_of_rank_e_are_reproduced_exactly():
     draw = np.random.default_rng(0)
     wte, wpe = (draw.normal(size=(n, 5)) @ draw.normal(size=(5, 12)) for n in (50, 20))
@@ -192,6 +197,7 @@ def test_tables_of_rank_e_are_reproduced_exactly():
         assert np.allclose(head, wte, atol=1e-9)  # of rank 5
 
 
+@pytest.mark.numeric
 def test_the_embedding_is_nearer_than_any_random_projection():
     draw = np.random.default_rng(0)
     wte = draw.normal(size=(200, 24)) * np.linspace(2, 0.1, 24)
@@ -219,6 +225,7 @@ def test_which_layers_a_block_starts_from():
             layers(4, wrong)
 
 
+@pytest.mark.numeric
 def test_blocks_are_averaged_or_selected(save):
     source = random_gpt2()
     folder, name = save(source), "mlp.c_fc.weight"
@@ -253,6 +260,7 @@ def val_loss(folder):
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
 
 
+@pytest.mark.numeric
 def test_a_trained_model_gives_a_better_start_than_chance(
     flags, config_folder, tokenizer_folder, tmp_path
 ):
@@ -274,3 +282,18 @@ def test_a_trained_model_gives_a_better_start_than_chance(
 def test_init_from_and_checkpoint_exclude_each_other(flags):
     with pytest.raises(UserError, match="--init_from and --checkpoint"):
         train_pt.main(flags("run", init_from="a", checkpoint="b"))
+
+
+def test_weights_alone_are_exported_and_a_line_says_so(tmp_path, capsys):
+    random_model(variant()).save_pretrained(tmp_path / "model")
+    export_gpt2.main([str(tmp_path / "model"), str(tmp_path / "out")])
+    assert "the export has no tokenizer" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("*token*"))
+    GPT2LMHeadModel.from_pretrained(tmp_path / "out")
+
+
+def test_the_export_has_the_ids_of_its_tokenizer(foreign_model, tmp_path):
+    export_gpt2.main([str(foreign_model), str(tmp_path / "out")])
+    for name in ("config.json", "generation_config.json"):
+        keys = json.loads((tmp_path / "out" / name).read_text())
+        assert [keys[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [1, 0, 2]

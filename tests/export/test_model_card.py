@@ -106,6 +106,7 @@ print(json.dumps([text, logits, moved, type(model).__module__, loss, expected]))
 """
 
 
+@pytest.mark.numeric
 def test_a_checkpoint_loads_generates_and_trains_without_this_project(run, tmp_path):
     folder = run / "checkpoint-00000002"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

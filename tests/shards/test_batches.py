@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 
-from algpt2.errors import UserError
 from algpt2.shards.batches import global_rows, permutation, process_rows
 
 
@@ -68,8 +67,3 @@ def test_nobody_can_change_the_cached_order():
     ids = global_rows(0, n_rows=8, batch_rows=8, seed=42)
     ids[:] = 0
     assert sorted(global_rows(0, n_rows=8, batch_rows=8, seed=42)) == list(range(8))
-
-
-def test_a_batch_that_does_not_divide_is_an_error():
-    with pytest.raises(UserError, match="batch_size 6 does not divide by 4 processes"):
-        process_rows(0, n_rows=10, batch_rows=6, seed=0, process=0, n_processes=4)

@@ -81,8 +81,9 @@ def docstrings_of_all_packages():
     time of reading and encoding all."""
     texts = {}
     for package in docstrings.PACKAGES:
-        (folder,) = importlib.util.find_spec(package).submodule_search_locations
-        for i, path in enumerate(sorted(Path(folder).rglob("*.py"))):
+        folders = importlib.util.find_spec(package).submodule_search_locations
+        paths = sorted(path for folder in folders for path in Path(folder).rglob("*.py"))
+        for i, path in enumerate(paths):
             source = path.read_bytes()
             if i % 40 == 0 or not source.partition(b'"""')[2].isascii():
                 found = docstrings._file_docstrings(source)

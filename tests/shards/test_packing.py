@@ -35,6 +35,8 @@ EOT = 99
 class CharacterTokenizer:
     """Letter a is 1, b is 2, ...; 99 ends a text."""
 
+    end_of_text = "<|endoftext|>"
+
     def __init__(self, vocab_size=100, fingerprint="a" * 64):
         self.vocab_size, self.fingerprint, self.eot_id = vocab_size, fingerprint, EOT
         self.dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
@@ -756,3 +758,29 @@ def test_tokens_are_read_with_few_files_open_and_none_left(tmp_path, monkeypatch
         store.read(Segments(np.array([0]), np.array([20])))
     del store
     assert all(file.closed for file in files)
+
+
+# --- marks between documents ----------------------------------------------------------------------
+
+
+def test_documents_are_cut_at_a_mark_and_literal_end_of_text_is_warned_of(
+    tmp_path, tokenizer_folder, capsys
+):
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    stories, mark = [f"story {i} of\nthe book" for i in range(9)], "<|endoftext|>"
+    text = str(tmp_path / "text")
+    write_texts(tmp_path / "text", f"\n{mark}\n".join(stories) + f"\n{mark}\n")
+    cut = pack(text, tokenizer, tmp_path / "cut", seq_len=8, document_mark=mark)
+    assert (cut.documents, cut.text_bytes) == (9, sum(map(len, stories)))
+    assert "warning" not in capsys.readouterr().out
+    rows = open_rows(tmp_path / "cut")
+    assert np.count_nonzero(rows[np.arange(len(rows))][:, :-1] == tokenizer.eot_id) == 9
+    data = pack(text, tokenizer, tmp_path / "data", seq_len=8)
+    assert data.documents == 1
+    warning = r"warning: 9 literal <\|endoftext\|> .*--document_mark '<\|endoftext\|>'"
+    assert re.search(warning, capsys.readouterr().out)
+    lines = pack(
+        text, tokenizer, tmp_path / "lines", seq_len=8, document_mark=mark,
+        line_by_line=True,
+    )  # fmt: skip
+    assert lines.documents == 18

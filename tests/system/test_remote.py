@@ -176,7 +176,7 @@ def test_a_missing_package_or_store_is_one_line(pack, monkeypatch):
 
 
 def test_killed_at_any_moment_between_two_processes(corpus, tokenizer_folder, tmp_path, pack):
-    pack(tmp_path / "disk", "--workers", "1")
+    pack(tmp_path / "disk")
     command = [
         sys.executable, str(SCRIPT), "--path", str(corpus / "train"), "--seq_len", "16",
         "--tokenizer", str(tokenizer_folder), "--n_shards", "5", "--workers", "2",

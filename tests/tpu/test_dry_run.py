@@ -374,6 +374,7 @@ def test_dropout_draws_with_the_generator_of_the_tpu(options, grad_steps):
     assert tf.random.Algorithm.PHILOX in generators(plain.graph)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("grad_steps", [1, 3])
 def test_the_program_is_the_training_step(options, grad_steps):
     """With one core it runs here: the same loss, norm and weights as the step that trains."""

@@ -15,13 +15,20 @@ from algpt2.modeling_tf_algpt2 import TFALGPT2LMHeadModel
 from algpt2.options import OptimOptions, TFTrainOptions
 from algpt2.shards.inputs_tf import RowInputs
 from algpt2.system.processes_tf import Processes
-from algpt2.training.optimizers_tf import build_optimizer, load_state_tensors, state_tensors
+from algpt2.training.optimizers_tf import (
+    Adafactor,
+    build_optimizer,
+    load_state_tensors,
+    state_tensors,
+)
 from algpt2.training.trainer_tf import Trainer, build_step, evaluate, step_seed
+
+pytestmark = pytest.mark.numeric
 
 OPTIMIZERS = ["AdamW", "Adafactor", "Muon", "SGD"]
 CPU = Processes(0, 1, tf.distribute.get_strategy(), "float32")
 CONFIG = {
-    "vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 3, "n_head": 2,
+    "vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2,
     "embedding_size": 16, "bos_token_id": 49, "eos_token_id": 49,
 }  # fmt: skip
 
@@ -39,6 +46,14 @@ def make_trainer(dropout=0.0, rows=None, config=CONFIG, n_steps=100, **optim):
 
 def weights(trainer):
     return {name: v.numpy() for name, v in trainer.model.named_parameters().items()}
+
+
+def moments(trainer):
+    """Means of gradients and of their squares; Adafactor's exp_avg is a mean of updates, which
+    amplify the rounding of small gradients."""
+    state = state_tensors(trainer.model, trainer.optimizer)
+    of_updates = "/exp_avg" if isinstance(trainer.optimizer, Adafactor) else "none"
+    return {name: array for name, array in state.items() if not name.endswith(of_updates)}
 
 
 def assert_equal(a, b):
@@ -94,8 +109,7 @@ def test_several_steps_in_a_call_are_the_steps_one_by_one():
     several.train_steps(3)  # calls need not be whole
     assert several.train_steps(4) == pytest.approx(last, rel=1e-6)
     assert single.step == several.step == 7
-    for name, weight in weights(single).items():
-        np.testing.assert_allclose(weight, weights(several)[name], rtol=1e-5, atol=1e-6)
+    assert max(distances(moments(several), moments(single)).values()) < sum_tolerance(4 * 16)
 
 
 def test_accumulation_equals_one_large_batch():
@@ -105,8 +119,7 @@ def test_accumulation_equals_one_large_batch():
     tolerance = sum_tolerance(8 * 16)  # tokens whose gradients both add up, in another order
     assert parts.train_step() == pytest.approx(whole.train_step(), rel=tolerance)
     # The momentum after the first step is the gradient.
-    gradients = [state_tensors(t.model, t.optimizer) for t in (parts, whole)]
-    assert max(distances(*gradients).values()) < tolerance
+    assert max(distances(moments(parts), moments(whole)).values()) < tolerance
     for _ in range(4):
         assert parts.train_step() == pytest.approx(whole.train_step(), rel=tolerance)
 
@@ -117,14 +130,14 @@ def test_xla_compiles_the_whole_step(optimizer):
     flags = {"optimizer": optimizer, "grad_steps": 2, "config": CONFIG | {"n_layer": 1}}
     trainer, plain = (make_trainer(**flags) for _ in range(2))
     step = build_step(trainer.model, trainer.optimizer, trainer.options.optim)
-    tokens, _ = trainer.inputs.take(0)
-    arguments = (tokens[0], tf.constant(1e-2), tf.constant(step_seed(42, 0)), tf.constant(True))
-    loss, norm, ok = tf.function(step, jit_compile=True)(*arguments)
-    assert bool(ok)
-    assert (float(loss), float(norm)) == pytest.approx(plain.train_step(), rel=1e-4)
-    for name, weight in weights(plain).items():
-        if "c_attn.bias" not in name:  # a key's bias has no gradient but rounding
-            np.testing.assert_allclose(weights(trainer)[name], weight, rtol=2e-3, atol=2e-4)
+    compiled, tolerance = tf.function(step, jit_compile=True), sum_tolerance(2 * 2 * 4 * 16)
+    for i in range(2):  # the second loss is that of the updated weights
+        tokens, _ = trainer.inputs.take(i)
+        numbers = (tf.constant(x) for x in (1e-2, step_seed(42, i), True))
+        loss, norm, ok = compiled(tokens[0], *numbers)
+        assert bool(ok)
+        assert (float(loss), float(norm)) == pytest.approx(plain.train_step(), rel=tolerance)
+    assert max(distances(moments(trainer), moments(plain)).values()) < tolerance
 
 
 def test_compile_is_the_same_step():
@@ -146,19 +159,20 @@ def test_weight_decay_touches_matrices_only(optimizer):
         np.testing.assert_allclose(weight, expected, rtol=1e-5, err_msg=name)
 
 
-def test_muon_takes_hidden_matrices():
+def test_muon_takes_matrices_inside_blocks_only():
     trainer = make_trainer(optimizer="Muon", weight_decay=0.0)
     state = state_tensors(trainer.model, trainer.optimizer)
     assert {key.rpartition("/")[0] for key in state if key.endswith("momentum_buffer")} == {
-        "transformer.projection_layer.weight", "dense.weight",
         "transformer.h.0.attn.c_attn.weight", "transformer.h.0.attn.c_proj.weight",
         "transformer.h.0.mlp.c_fc.weight", "transformer.h.0.mlp.c_proj.weight",
     }  # fmt: skip
-    before = weights(trainer)["dense.weight"]
+    name = "transformer.h.0.mlp.c_proj.weight"
+    before = weights(trainer)[name]
     trainer.train_step()
-    update = (weights(trainer)["dense.weight"] - before) / (1e-2 * 0.2 * math.sqrt(32))
+    update = (weights(trainer)[name] - before) / (1e-2 * 0.2 * math.sqrt(128))
     singular_values = np.linalg.svd(update, compute_uv=False)
-    assert 0.5 < singular_values.min() and singular_values.max() < 1.5
+    # The last is 0: a layer norm passes on no gradient along its input.
+    assert 0.5 < singular_values[:-1].min() and singular_values.max() < 1.5
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 4])
