@@ -82,6 +82,8 @@ def test_pipes_are_not_waited_for(run, tmp_path, no_waiting):
 
 ELSEWHERE = """
 import importlib.util, json, sys, torch
+from pathlib import Path
+sys.path = [path for path in sys.path if not (Path(path) / "algpt2").is_dir()]  # make venv's
 assert importlib.util.find_spec("algpt2") is None
 folder = sys.argv[1]
 code = open(f"{folder}/README.md").read().split("```python\\n")[1].split("```")[0]
