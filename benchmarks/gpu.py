@@ -5,7 +5,7 @@
 
 Random tokens, no dropout, AdamW, clipping at 1, bf16 where the GPU has it. `share` is the FLOPs of
 training a token (ALGPT2Config.flops_per_token) times tokens/s over the measured rate of a product.
-A measurement that no longer fits the time is left out, by name. It has run on no GPU yet.
+A measurement that no longer fits the time is left out, by name.
 """
 
 import json
