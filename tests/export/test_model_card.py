@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 
 import huggingface_hub
 import pytest
@@ -81,11 +82,11 @@ def test_pipes_are_not_waited_for(run, tmp_path, no_waiting):
 
 
 ELSEWHERE = """
-import importlib.util, json, sys, torch
-from pathlib import Path
-sys.path = [path for path in sys.path if not (Path(path) / "algpt2").is_dir()]  # make venv's
+import importlib.util, json, sys
+folder, packages = sys.argv[1:]
+sys.path.append(packages)  # without its .pth files: one of them names this project
 assert importlib.util.find_spec("algpt2") is None
-folder = sys.argv[1]
+import torch
 code = open(f"{folder}/README.md").read().split("```python\\n")[1].split("```")[0]
 exec(code.replace("FOLDER_OR_NAME", folder))  # the card's own lines: model, tokenizer
 from transformers import AutoModel, Trainer, TrainingArguments
@@ -113,7 +114,8 @@ def test_a_checkpoint_loads_generates_and_trains_without_this_project(run, tmp_p
     folder = run / "checkpoint-00000002"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     process = subprocess.run(
-        [sys.executable, "-I", "-c", ELSEWHERE, str(folder)], cwd=tmp_path, check=False,
+        [sys.executable, "-I", "-S", "-c", ELSEWHERE, str(folder), sysconfig.get_path("purelib")],
+        cwd=tmp_path, check=False,
         env=environment | {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, stdin=subprocess.DEVNULL,
     )  # fmt: skip
@@ -242,7 +244,8 @@ def test_a_hub_that_refuses_is_one_line(hub, module_run, broken):
 
 
 def test_the_real_client_offline_says_so_before_any_work(module_run, tmp_path):
-    new = [*module_run[0], f"--save_dir={tmp_path / 'new'}", "--push_to_hub=me/x"]
+    elsewhere = [flag for flag in module_run[0] if not flag.startswith("--save_dir=")]
+    new = [*elsewhere, f"--save_dir={tmp_path / 'new'}", "--push_to_hub=me/x"]
     with pytest.raises(UserError, match="hf auth login"):
         train_pt.main(new)
     assert not (tmp_path / "new").exists()
