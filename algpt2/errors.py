@@ -23,3 +23,11 @@ def describe(error: BaseException) -> str:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}"
     return " ".join(str(error).split())
+
+
+def untied_warning(source: object, head: str, table: str) -> str:
+    """For weights whose head is another than the token table that config.json names as the head."""
+    return (
+        f"warning: {source} holds another {head} than {table}, though its config.json ties them: "
+        'the latter is used; "tie_word_embeddings": false uses both'
+    )

@@ -15,7 +15,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from .errors import untied_warning
 from .kernels_tf_algpt2 import (
     LOSS_ROWS,
     LOSS_ROWS_CPU,
@@ -35,7 +36,6 @@ from .kernels_tf_algpt2 import (
     masked_softmax,
     static_shape,
 )
-from .system.console import log, untied_warning
 
 if TYPE_CHECKING:  # transformers' configurations import torch where it is installed
     from .configuration_algpt2 import ALGPT2Config
@@ -367,11 +367,13 @@ class TFALGPT2LMHeadModel(keras.Model):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, dtype: str = "float32", **config_keys: Any
-    ) -> "TFALGPT2LMHeadModel":
+        cls, source: str | Path, dtype: str = "float32", warn: Callable[[str], None] = print,
+        **config_keys: Any,
+    ) -> "TFALGPT2LMHeadModel":  # fmt: skip
         """The model of a checkpoint folder or a name on the Hugging Face hub, GPT-2 or ALGPT2.
 
         Args:
+            warn: as in `load_state_dict`.
             config_keys: values that replace the configuration's, such as `attn_pdrop=0.0`.
         Raises:
             OSError: `source` has no config.json or no safetensors.
@@ -382,7 +384,7 @@ class TFALGPT2LMHeadModel(keras.Model):
 
         config = ALGPT2Config.from_pretrained(source, **config_keys)
         model = cls(config, dtype=dtype)
-        model.load_state_dict(read_weights(source))
+        model.load_state_dict(read_weights(source), warn)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -410,9 +412,11 @@ class TFALGPT2LMHeadModel(keras.Model):
         """The parameters as float32 tensors."""
         return {n: tf.convert_to_tensor(v.numpy()) for n, v in self.named_parameters().items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], warn: Callable[[str], None] = print) -> None:
         """Assign arrays by name, after `rename_weights`.
 
+        Args:
+            warn: prints a line about a head that the tied table replaces.
         Raises:
             ValueError: an array is missing, unexpected, or of another shape.
         """
@@ -420,7 +424,7 @@ class TFALGPT2LMHeadModel(keras.Model):
         if self.lm_head is None:
             copy, table = state.pop("lm_head.weight", None), "transformer.wte.weight"
             if copy is not None and not np.array_equal(copy, state.get(table)):
-                log(untied_warning(self.name, "lm_head.weight", table))
+                warn(untied_warning(self.name, "lm_head.weight", table))
         missing, extra = parameters.keys() - state.keys(), state.keys() - parameters.keys()
         if missing or extra:
             raise ValueError(

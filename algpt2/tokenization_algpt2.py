@@ -399,10 +399,12 @@ def _end_of_text(tokenizer: Tokenizer, folder: Path) -> str:
 def _named_token(folder: Path, role: str) -> str | None:
     """The token of a role, such as "bos_token", in the folder's files; None: it has none."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            token = json.loads((folder / name).read_text(encoding="utf-8")).get(role)
-            if token is not None:
-                return token["content"] if isinstance(token, dict) else token
+        token = _read_json(folder / name).get(role)
+        token = token["content"] if isinstance(token, dict) else token
+        if token is not None and not isinstance(token, str):
+            raise ValueError(f"{role} in {name} is no text")
+        if token is not None:
+            return token
     return None
 
 

@@ -14,10 +14,10 @@ from transformers import GenerationConfig, GPT2Config
 from transformers.utils import SAFE_WEIGHTS_NAME as WEIGHTS_FILE
 
 from ..configuration_algpt2 import ALGPT2Config
-from ..errors import UserError, describe
+from ..errors import UserError, describe, untied_warning
 from ..modeling_algpt2 import ALGPT2LMHeadModel
 from ..runs.checkpoints import STATE_FILE, find_checkpoint
-from ..system.console import log, untied_warning
+from ..system.console import log
 from ..system.memory import check_memory
 from ..tokenization_algpt2 import NoTokenizerError, TextTokenizer, load_tokenizer, set_token_ids
 from .convert import Tensors, check_start, gpt2_config, gpt2_tensors, start_tensors

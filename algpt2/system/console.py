@@ -178,11 +178,3 @@ def write(text: str) -> None:
     """Print a piece of a text on process 0, at once."""
     if is_main_process():
         print(text, end="", flush=True)
-
-
-def untied_warning(source: object, head: str, table: str) -> str:
-    """For weights whose head is another than the token table that config.json names as the head."""
-    return (
-        f"warning: {source} holds another {head} than {table}, though its config.json ties them: "
-        'the latter is used; "tie_word_embeddings": false uses both'
-    )

@@ -49,7 +49,7 @@ def build_model(start: Start, dtype: str = "float32", seed: int = 0) -> TFALGPT2
         check_memory(config.stored_parameters())
         start.check_fits(config.to_dict())
         if start.loads_weights:
-            model = TFALGPT2LMHeadModel.from_pretrained(source, dtype=dtype)
+            model = TFALGPT2LMHeadModel.from_pretrained(source, dtype=dtype, warn=log)
         else:
             model = TFALGPT2LMHeadModel(config, dtype=dtype, seed=seed)
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
