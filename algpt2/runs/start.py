@@ -388,8 +388,10 @@ def pack_into_cache(
         key["document_mark"] = data.document_mark
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_dir() / f"packed-{digest}"
-    if not (folder / MANIFEST_FILE).is_file():
-        log(f"packing {' '.join(paths)} into {folder}")
+    # Complete: no lock then, which the processes of a run would take from each other.
+    if (folder / MANIFEST_FILE).is_file():
+        return folder
+    log(f"packing {' '.join(paths)} into {folder}")
     options = PackOptions(
         tuple(paths), str(folder), seq_len=seq_len, use_control_codes=data.use_control_codes,
         line_by_line=data.line_by_line, text_key=data.text_key, control_codes=data.control_codes,
